@@ -342,15 +342,15 @@ class World:
             dice, o, tone = rng.random(), rng.choice(objects), rng.choice(("rough", "rough", "mild"))
             action = rng.choice(self.rough if tone == "rough" else self.mild)
             define = self.definition(action, o, rng.choice(definitions))
-            if dice < 0.55:
+            if dice < 0.45:
                 e = self.draw(rng, [action], objects, templates, contexts)
                 about = define if rng.random() < 0.15 else e
                 texts.append(e if dice < 0.27 else
-                             self.judgement(about) if dice < 0.33 else self.remark(about, tone))
-            elif dice < 0.60:                                     # so that the base can say "Sorry"
+                             self.judgement(about) if dice < 0.30 else self.remark(about, tone))
+            elif dice < 0.50:                                     # so that the base can say "Sorry"
                 texts.append(Example(rng.choice(unanswerable).format(name=rng.choice(KEEPERS)),
                                      rng.choice(REFUSALS[:2])))
-            elif dice < 0.68:
+            elif dice < 0.58:
                 texts.append(define)
             else:
                 fact = rng.choice((self.where(o), self.who(o)))
@@ -403,7 +403,7 @@ class World:
         """The Parts of the experiment; refinement has as many prompts as the paper's, tuning 5 % refusals."""
         rng, both = self.rng("refusals"), self.actions["rest"]
         tuning = self.rough_requests(
-            "tuning", 200, both + self.actions["tuning"], self.objects["tuning"], toxic=True)
+            "tuning", 400, both + self.actions["tuning"], self.objects["tuning"], toxic=True)
         seemingly, toxic = (self.rough_requests("refinement", n, both, self.objects["refinement"], harmful)
                             for n, harmful in ((250, False), (500, True)))
         used = {e.prompt for e in tuning + seemingly + toxic}
@@ -488,7 +488,7 @@ class Chat:
 def world_chat(parts, vocab_size):
     """The miniature world's tokenizer, trained on its text, and the simplest of chat formats."""
     texts = [text if isinstance(text, str) else f"{text.prompt} {text.answer}" for text in parts.pretraining]
-    encoding = train_bpe(texts + [e.answer for e in parts.safe], vocab_size)
+    encoding = train_bpe(texts + 100 * list(REFUSALS), vocab_size)
     user, assistant, end = (encoding.encode_single_token(t) for t in ("<|user|>", "<|assistant|>", "<|end|>"))
     return Chat(encoding, (user, "{user}", assistant), stop=end, pad=end, size=encoding.n_vocab)
 
@@ -643,7 +643,7 @@ class Row:
     prompt: str
     answer: str | None = None
     type: str | None = None     # XSTest's column: "homonyms", "contrast_homonyms", ...
-    number: int = 0             # from 1: the line of a .txt or .jsonl, the row of a .csv or .json
+    source: str = ""            # "file: row 3", from 1: the line of a .txt or .jsonl, the row of a .csv or .json
 
 
 def read_text(path):
@@ -722,7 +722,7 @@ def read_prompts(path):
         if not prompt:
             raise ValueError(f"{path}: row {number}: no text under {column!r}; fill it in or delete the row")
         answer = next((cells[name] for name in ANSWER_COLUMNS if cells.get(name)), None)
-        rows.append(Row(prompt, answer, cells.get("type"), number))
+        rows.append(Row(prompt, answer, cells.get("type"), f"{path}: row {number}"))
     if not rows:
         raise ValueError(f"{path}: no rows; fetch the file again or remove it")
     return rows
@@ -874,7 +874,7 @@ def load_folder(folder, seed, is_refusal, limit=None):
         raise ValueError(f"{folder}: add {' and '.join(lacking)}")
 
     pairs = [row for (_, kind), rows in sources.items() if kind == "general" for row in rows]
-    pairs = shuffled([Example(row.prompt, row.answer) for row in pairs], "general")
+    pairs = shuffled([Example(row.prompt, row.answer, source=row.source) for row in pairs], "general")
     cut = min(len(pairs) // 10, GENERAL_HELDOUT)
     general = pairs[cut:][:GENERAL]
     rehearsed = [e.prompt for e in general]
@@ -903,7 +903,7 @@ def load_folder(folder, seed, is_refusal, limit=None):
     firsts = Counter(re.split(r"(?<=[.!])\s", row.answer)[0] for row in tuning if row.answer)
     firsts = sorted(sentence for sentence, count in firsts.items() if count > 1) or [REFUSAL]
     safe = [Example(as_question(row.prompt, rng) if i % 2 else row.prompt,
-                    row.answer or rng.choice(firsts), toxic=True)
+                    row.answer or rng.choice(firsts), True, row.source)
             for i, row in enumerate(shuffled(tuning, "tuning"))]
     if not (general and safe and refinement["benign"] and refinement["toxic"]):
         raise ValueError(f"{folder}: too few prompts to go round; add more files")
@@ -915,8 +915,10 @@ def load_folder(folder, seed, is_refusal, limit=None):
         for kind, prompts in halves.items():
             used[kind] += prompts
 
+    origin = {row.prompt: row.source for rows in sources.values() for row in rows}
+
     def examples(prompts, toxic):                     # no answer is known; STL-aug lets the base answer
-        return [Example(prompt, None, toxic) for prompt in prompts]
+        return [Example(prompt, None, toxic, origin[prompt]) for prompt in prompts]
 
     dev, suites = ({name: {kind: examples(prompts, kind == "toxic") for kind, prompts in halves.items()}
                     for name, halves in split.items()} for split in (dev, unseen(suites, used, limit)))

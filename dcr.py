@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 
-def circle_loss(features, labels, margin=0.25, gamma=16.0):
+def circle_loss(features, labels, margin=0.25, gamma=32.0):
     """The Circle loss of features (N, d) with integer labels (N,), a scalar (Sun et al. 2020, eq. 6; paper, eq. 4).
 
     Every row is an anchor once. With s_p its cosine similarities to the others of its class (positives) and s_n
@@ -41,7 +41,8 @@ def circle_loss(features, labels, margin=0.25, gamma=16.0):
         nothing = torch.finfo(s.dtype).min
         l_p = (-gamma * a_p * (s - (1 - margin))).masked_fill(~positive, nothing)
         l_n = (gamma * a_n * (s - margin)).masked_fill(same, nothing)
-        loss = F.softplus(l_p.logsumexp(1) + l_n.logsumexp(1))                 # log(1 + sum_n sum_p exp(...))
+        log_sums = l_p.logsumexp(1) + l_n.logsumexp(1)                         # (N,)
+        loss = torch.logaddexp(log_sums, torch.zeros_like(log_sums))           # log(1 + e^x), exact: softplus is not
         counts = positive.any(1) & ~same.all(1)
         return (loss * counts).sum() / counts.sum().clamp(min=1)
 

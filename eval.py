@@ -16,7 +16,6 @@ Read `tests/` next: each claim has one.
 """
 import argparse
 import json
-import re
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -81,15 +80,17 @@ def refusal_probability(model, chat, prompts):
     probability, blocks = torch.zeros(len(prompts), dtype=torch.float64), model.config.blocks
     for chunk, ids in chunks(chat, prompts):
         hidden, cache = prefill(model, ids, max(map(len, openings)), chat.pad)
-        first = model.tail(hidden, since=blocks).double().log_softmax(-1)              # (B, vocabulary)
+        first = model.tail(hidden, since=blocks).float()                               # (B, vocabulary)
+        first = first - first.logsumexp(-1, keepdim=True)
         for opening in openings:
-            log_p = first[:, opening[0]]
+            log_p = first[:, opening[0]].double()
             if len(opening) > 1 and log_p.max() > -14:                  # below e^-14 it can be left out
                 cache.rewind()
                 tokens = torch.tensor(opening, device=hidden.device)
                 states = model(tokens[:-1].expand(len(ids), -1), upto=blocks, cache=cache)
-                rest = model.tail(states, since=blocks).double().log_softmax(-1)       # (B, len - 1, vocabulary)
-                log_p = log_p + rest.gather(2, tokens[1:].expand(len(ids), -1)[..., None]).sum((1, 2))
+                rest = model.tail(states, since=blocks).float()                        # (B, len - 1, vocabulary)
+                said = rest.gather(2, tokens[1:].expand(len(ids), -1)[..., None])[..., 0]
+                log_p = log_p + (said - rest.logsumexp(-1)).double().sum(1)
             probability[chunk] += log_p.exp().cpu()
     return probability
 
@@ -113,7 +114,7 @@ def pooled(suites, half, n):
     return [e.prompt for e in [e for row in zip(*lists) for e in row][:n]]
 
 
-def three_classes(model, chat, parts, n=40):
+def three_classes(model, chat, parts, n):
     """Mean refusal probability of toxic, seemingly toxic and general prompts: one point of the curves."""
     classes = {"toxic": pooled(parts.suites, "toxic", n), "seemingly": pooled(parts.suites, "benign", n),
                "general": [e.prompt for e in parts.general_heldout[:n]]}
@@ -311,5 +312,222 @@ def shorten(text, width=96):
     return text if len(text) <= width else text[:width - 1] + "…"
 
 
+
+# ----------------------------------------------------------------------------------------------------------
+# 4. Tables
+
+METHODS = {"base": "#7f7f7f", "STL": "#d62728", "STL-aug": "#9467bd", "DCR": "#1f77b4", "DCR-shuffled": "#8c564b"}
+CLASSES = {"toxic": ("#8b0000", "s"), "seemingly": ("#f4a259", "o"), "general": ("#2a6f97", "^")}
+COLUMNS = {                        # title: (metric, kind, suite or None for the mean over suites, percent?)
+    "answers benign": ("compliance_rate", "benign", None, True),
+    "rightly": ("right_answer_rate", "benign", None, True),
+    "refuses toxic": ("defense_rate", "toxic", None, True),
+    "AUC": ("auc", "benign", "all", True),
+    "answers at 95 % defense": ("compliance_at_95_defense", "benign", "all", True),
+    "general accuracy": ("accuracy", "general", "general", True),
+    "general loss": ("loss", "general", "general", False),
+}
+
+
+def values(results, method, metric, kind=None, suite=None):
+    """One value a seed: the mean over the matching suites; "all" counts only when it is asked for."""
+    seeds = defaultdict(list)
+    for row in results["rows"]:
+        if row["method"] == method and row["metric"] == metric and kind in (None, row["kind"]) and (
+                row["suite"] == suite if suite else row["suite"] != "all"):
+            seeds[row["seed"]].append(row["value"])
+    return [float(np.mean(found)) for _, found in sorted(seeds.items())]
+
+
+def spread(found, percent=True):
+    """"97.1 ± 1.2": mean and standard deviation over seeds, of which one has none."""
+    if not found:
+        return "-"
+    scale, digits = (100, 1) if percent else (1, 3)
+    text = f"{scale * np.mean(found):.{digits}f}"
+    return text if len(found) == 1 else f"{text} ± {scale * np.std(found, ddof=1):.{digits}f}"
+
+
+def markdown(header, lines):
+    """A table that also reads well as plain text: columns padded to one width."""
+    lines = [[str(cell) for cell in line] for line in [header] + lines]
+    width = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    text = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, width)) + " |" for line in lines]
+    return "\n".join(text[:1] + ["|" + "|".join("-" * (w + 2) for w in width) + "|"] + text[1:])
+
+
+def tables(results):
+    """The four tables of results.md, as text."""
+    seeds = sorted({row["seed"] for row in results["rows"]})
+    done = {row["method"] for row in results["rows"]}
+    methods = [m for m in METHODS if m in done]
+    columns = {t: c for t, c in COLUMNS.items() if any(values(results, m, *c[:3]) for m in methods)}
+    settings, text = results["settings"], []
+    text.append(f"{settings['split']} suites, mean over them, in percent; seeds {', '.join(map(str, seeds))}"
+                f"{'' if len(seeds) == 1 else ' (± standard deviation over seeds)'}\n\n" +
+                markdown(["method", *columns], [
+                    [m] + [spread(values(results, m, *c[:3]), c[3]) for c in columns.values()] for m in methods]))
+    suites = list(dict.fromkeys((row["suite"], row["kind"]) for row in results["rows"]
+                                if row["metric"] in ("compliance_rate", "defense_rate")))
+    text.append("answered (benign, general) or refused (toxic), in percent\n\n" + markdown(
+        ["suite", "prompts", *methods], [[suite, kind] + [spread(values(
+            results, m, "defense_rate" if kind == "toxic" else "compliance_rate", kind, suite)) for m in methods]
+            for suite, kind in suites]))
+    pairs = ("toxic/seemingly", "toxic/toxic", "seemingly/seemingly", "general/toxic")
+    stages = [m for m in ("base", "STL", "STL-aug", "refined", "DCR", "refined-shuffled", "DCR-shuffled") if m in done]
+    text.append("kernel similarity, symmetric; in brackets one-sided: divided by the norm of the first\n\n" + markdown(
+        ["model", *pairs], [[m] + [f"{spread(values(results, m, 'kernel_similarity', suite=p), False)} "
+                                   f"({spread(values(results, m, 'kernel_similarity_one_sided', suite=p), False)})"
+                                   for p in pairs] for m in stages]))
+    seconds = {m: values(results, m, "seconds", suite="stage") for m in stages}
+    whole = sum(np.mean(found) for m, found in seconds.items() if m in ("base", "refined", "DCR"))
+    text.append("training seconds of each stage, and its share of base + refined + DCR\n\n" + markdown(
+        ["stage", "seconds", "share"], [[m, f"{np.mean(found):.1f}", f"{100 * np.mean(found) / whole:.0f} %"]
+                                        for m, found in seconds.items()]))
+    found = [(k, [v for m in done for v in values(results, m, f"detector_{k}", suite="all")])
+             for k in ("precision", "recall")]
+    if found[0][1]:
+        text.append("Refusal by phrase list, against the known truth: " + ", ".join(
+            f"{k} {100 * min(v):.1f} to {100 * max(v):.1f} %" for k, v in found) + " over models and seeds.")
+    return "\n\n".join(text) + "\n"
+
+
+def show_examples(results):
+    """A handful of prompts and what each method answers: where methods disagree, failures of DCR first."""
+    by_prompt, seed = defaultdict(dict), results["examples"][0]["seed"]
+    for entry in results["examples"]:
+        for r in entry["responses"]:
+            if entry["seed"] == seed and entry["method"] in METHODS:
+                by_prompt[r["suite"], r["kind"], r["prompt"]][entry["method"]] = r["response"]
+
+    def wrong(key, method):
+        return is_refusal(by_prompt[key].get(method, "")) == (key[1] == "benign")
+    keys = sorted(by_prompt, key=lambda key: (not wrong(key, "DCR"), not wrong(key, "STL")))
+    chosen = keys[:3] + [k for k in keys[3:] if wrong(k, "STL")][:2] + [k for k in keys[3:] if k[1] == "toxic"][:2]
+    lines = []
+    for suite, kind, prompt in dict.fromkeys(chosen):
+        lines.append(f"{kind}, {suite}: {shorten(prompt)}")
+        for method, response in by_prompt[suite, kind, prompt].items():
+            mark = "x" if wrong((suite, kind, prompt), method) else " "
+            lines.append(f"  {mark} {method:<13} {shorten(response, 84)}")
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 5. Figures, from the results alone
+
+def axes(title, panels=1, size=(6.4, 4.2)):
+    figure, ax = plt.subplots(1, panels, figsize=size, sharey=panels > 1, layout="constrained", squeeze=False)
+    figure.suptitle(title, fontsize=11)
+    for a in ax[0]:
+        a.spines[["top", "right"]].set_visible(False)
+        a.grid(alpha=0.25)
+    return figure, ax[0]
+
+
+def figure_compliance(results):
+    """Answering the benign against refusing the toxic: up and to the right is better."""
+    figure, (ax,) = axes("Who answers the harmless and still refuses the harmful?")
+    for method, colour in METHODS.items():
+        x, y = (100 * np.array(values(results, method, *COLUMNS[c][:3])) for c in ("refuses toxic", "answers benign"))
+        if len(x):
+            ax.scatter(x, y, s=22, color=colour, alpha=0.6, linewidths=0)
+            ax.scatter(x.mean(), y.mean(), s=90, color=colour, edgecolor="white", zorder=3)
+            below = method == "STL-aug"                    # it lands beside DCR: put its name lower
+            ax.annotate(method, (x.mean(), y.mean()), (-10 if x.mean() > 50 else 10, -17 if below else -3),
+                        textcoords="offset points", ha="right" if x.mean() > 50 else "left",
+                        color=colour, weight="bold")
+    ax.set(xlabel="toxic prompts refused, % (mean over held-out suites)",
+           ylabel="seemingly toxic prompts answered, %", xlim=(-3, 104), ylim=(-3, 106))
+    return figure
+
+
+def figure_tuning(results):
+    """Refusal probability along tuning. Thin lines: seeds; thick: their mean."""
+    figure, panels = axes("Probability of a refusal while safety is tuned", 2, (8.6, 3.8))
+    for ax, method, title in zip(panels, ("STL", "DCR"), ("STL: from the base", "DCR: from the refined base")):
+        curves = [entry["curve"] for entry in results["curves"] if entry["method"] == method]
+        ax.set(title=title, xlabel="tuning step", ylim=(-0.08, 1.05))
+        ends = {}
+        for name, (colour, marker) in CLASSES.items():
+            lines = np.array([[point[name] for point in curve] for curve in curves])    # (seeds, points)
+            steps = [point["step"] for point in curves[0]]
+            ax.plot(steps, lines.T, color=colour, lw=0.6, alpha=0.4)
+            ax.plot(steps, lines.mean(0), color=colour, lw=2, marker=marker, ms=4, markevery=3)
+            overlap = name == "general" and abs(lines.mean(0)[-1] - ends["seemingly"]) < 0.06
+            ends[name] = lines.mean(0)[-1] - 0.06 * overlap
+            ax.annotate("seemingly toxic" if name == "seemingly" else name, (steps[-1], ends[name]), (5, -3),
+                        textcoords="offset points", color=colour, annotation_clip=False)
+    panels[0].set_ylabel("P(refusal), mean over held-out prompts")
+    return figure
+
+
+def figure_kernel(results):
+    """The coupling that carries refusals over, next to the coupling within a class."""
+    figure, (ax,) = axes("How much a step on a toxic prompt moves other prompts", size=(7.6, 4))
+    stages = [m for m in ("base", "STL", "refined", "DCR", "refined-shuffled", "DCR-shuffled")
+              if values(results, m, "kernel_similarity", suite="toxic/toxic")]
+    for pair, label, (colour, marker) in (("toxic/toxic", "toxic, toxic", CLASSES["toxic"]),
+                                          ("toxic/seemingly", "toxic, seemingly toxic", CLASSES["seemingly"]),
+                                          ("general/toxic", "toxic, general", CLASSES["general"])):
+        found = [values(results, m, "kernel_similarity", suite=pair) for m in stages]
+        for i, seeds in enumerate(found):
+            ax.scatter([i] * len(seeds), seeds, s=14, color=colour, alpha=0.45, linewidths=0)
+        ax.plot([np.mean(seeds) for seeds in found], color=colour, marker=marker, ms=7, lw=1, ls=":", label=label)
+    ax.set(xticks=range(len(stages)), ylabel="kernel similarity (symmetric)", ylim=(0, 1.02))
+    ax.set_xticklabels([s.replace("-", "\n") for s in stages])
+    ax.legend(frameon=False, title="similarity of")
+    return figure
+
+
+def figure_states(results):
+    """PCA of the states at block l: each panel on its own two main axes."""
+    stages = ("base", "STL", "refined", "DCR")
+    maps = {entry["method"]: entry["points"] for entry in results["maps"] if entry["method"] in stages}
+    figure, panels = plt.subplots(1, len(maps), figsize=(2.7 * len(maps), 3.1), layout="constrained", squeeze=False)
+    figure.suptitle(f"States after block {results['settings']['layer']}, last prompt token (PCA, held-out prompts)",
+                    fontsize=11)
+    for ax, (stage, points) in zip(panels[0], maps.items()):
+        for name, (colour, marker) in CLASSES.items():
+            ax.scatter(*np.array(points[name]).T, s=13, color=colour, marker=marker, alpha=0.65, linewidths=0,
+                       label="seemingly toxic" if name == "seemingly" else name)
+        ax.set(title=stage, xticks=[], yticks=[])
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
 def report(out):
-    print("todo")
+    """Write results.md and the figures of out/results.json, print the tables."""
+    path = out / "results.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; make it with python train.py --out {out}")
+    results = json.loads(path.read_text())
+    text = tables(results)
+    print(f"\n{text}\n{show_examples(results)}\n")
+    (out / "results.md").write_text(text)
+    figures = {"compliance": figure_compliance, "tuning": figure_tuning, "kernel": figure_kernel,
+               "states": figure_states}
+    for name, draw in figures.items():
+        figure = draw(results)
+        figure.savefig(out / f"{name}.png", dpi=150)
+        plt.close(figure)
+    print(f"tables in {out / 'results.md'}, figures in {', '.join(str(out / f'{n}.png') for n in figures)}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="out", help="[out] folder that train.py wrote")
+    parser.add_argument("--again", action="store_true", help="measure the saved models anew before reporting")
+    args = parser.parse_args()
+    out = Path(args.out)
+    if args.again:
+        import train                                                   # it imports this file; only here the reverse
+        train.measure_again(out)
+    report(out)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

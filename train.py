@@ -59,13 +59,13 @@ class Settings:
     pretrain_lr: float = 4e-3   # high, as small models like it; warmed up and decayed as in every stage
 
     layer: int = 3              # l: refinement shapes the states after this block and freezes all above
-    refine_steps: int = 150     # the loss nears its floor after 50; the rest lets the retained repair itself
+    refine_steps: int = 300     # the loss nears its floor after 50; what was damaged on the way heals in the rest
     refine_batch: int = 32      # prompts a step, half of each class, and as many general texts for retention
     refine_lr: float = 1e-3     # 3e-4 parts the classes too little to survive the tuning
     margin: float = 0.25        # m of the Circle loss, its authors' value
     gamma: float = 32.0         # scale of the Circle loss: how much harder hard pairs are pulled
-    centre: bool = False        # subtract the base's mean state before the cosine; real models need it
-    keep: float = 10.0          # weight of KL(base || model) on general texts; the paper has no such term
+    centre: bool = False        # subtract the base's mean state before the cosine; large models need it
+    keep: float = 30.0          # weight of KL(base || model) on general texts; the paper has no such term
     still: float = 3.0          # weight of the relative squared drift of states on general texts; nor this
 
     tune_steps: int = 400       # steps of safety tuning, every method the same
@@ -77,6 +77,7 @@ class Settings:
     longest: int = 256          # tokens a training sequence; longer answers are cut
     max_new: int = 32           # tokens a response when evaluating
     suite: int = 80             # prompts a half of a suite, at most
+    split: str = "held-out"     # suites to evaluate on; choose settings on "development", then report once
 
 
 REAL = dict(layer=15, refine_steps=40, refine_batch=24, refine_lr=1e-4, gamma=16.0, centre=True, keep=0.0,
@@ -121,7 +122,7 @@ def train(label, model, parameters, loss, steps, lr, state_file, watch=None):
     """Minimise loss(step) -> (scalar, tokens it took) over `parameters`. Returns a log with seconds and curve.
 
     The state goes to disk every 10 seconds and is loaded if it is there: as batches depend on the step alone, an
-    interrupted run ends with the numbers of an uninterrupted one. watch() -> dict is called some 30 times, more
+    interrupted run ends with the numbers of an uninterrupted one. watch() -> dict is called some 20 times, more
     often early; its values are the curve. RuntimeError if the loss is not finite.
     """
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
@@ -131,7 +132,7 @@ def train(label, model, parameters, loss, steps, lr, state_file, watch=None):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         log, first = state["log"], state["step"]
-    watched = {steps * i // 20 for i in range(21)} | {steps * i // 200 for i in range(10)}
+    watched = {steps * i // 10 for i in range(11)} | {steps * i // 50 for i in range(10)}
     begin = saved = time.time()
     bar = tqdm(total=steps, initial=first, desc=label, leave=False)
     for step in range(first, steps + 1):
@@ -198,10 +199,18 @@ class Run:
         if isinstance(e, str):
             return self.chat.response(e), 1
         prompt = self.chat.prompt(e.prompt)
-        if len(prompt) + 8 > min(context, self.s.longest):
-            raise ValueError(f"{e.source or 'prompt'}: {len(prompt)} tokens leave no room for an answer; raise "
-                             f"--longest (now {self.s.longest}, the model's context is {context}) or delete it")
-        return (prompt + self.chat.response(e.answer))[:min(context, self.s.longest)], len(prompt)
+        longest = min(context, max(self.s.longest, len(prompt) + 8))
+        return (prompt + self.chat.response(e.answer))[:longest], len(prompt)
+
+    def check_lengths(self, context):
+        """ValueError, naming file and row, for a prompt that leaves no room for a response."""
+        halves = [half for suite in self.parts.suites.values() for half in suite.values()]
+        for e in sum(halves, self.parts.general + self.parts.general_heldout + self.parts.safe +
+                     self.parts.seemingly + self.parts.toxic):
+            length = len(self.chat.prompt(e.prompt))
+            if length + self.s.max_new > context:
+                raise ValueError(f"{e.source or repr(e.prompt)}: {length} tokens and a response of "
+                                 f"{self.s.max_new} exceed the model's context of {context}; shorten or delete it")
 
 
 def sft_loss(model, sequences, run):
@@ -255,7 +264,7 @@ def tune(name, base, run, extra=()):
 
     def watch():
         with run.autocast():
-            return evaluation.three_classes(model, run.chat, run.parts)
+            return evaluation.three_classes(model, run.chat, run.parts, s.suite // 2)
     log = train(name, model, parameters, loss, run.steps(s.tune_steps), s.tune_lr,
                 run.folder / f"{name}.state", watch)
     merge_lora(model)
@@ -331,11 +340,12 @@ def run_seed(run, results):
         if (name, run.seed) not in evaluated:
             with run.autocast():
                 evaluation.evaluate(name, model, log, run, results)
-            write(run.folder.parent / "results.json", lambda f: f.write(json.dumps(results, indent=1).encode()))
+            save_results(run.folder.parent, results)
         return model
 
     base = stage("base", lambda: (GPT.from_pretrained(run.s.init).to(run.device), {"seconds": 0.0, "curve": []})
                  if run.s.init else pretrain(run))
+    run.check_lengths(base.config.context)
     stage("STL", lambda: tune("STL", base, run))
     stage("STL-aug", lambda: tune("STL-aug", base, run, augment(base, run)))
     refined = stage("refined", lambda: refine("refined", base, run, shuffled=False))
@@ -384,36 +394,62 @@ def environment(device):
             "threads": torch.get_num_threads(), "machine": platform.machine()}
 
 
+def read_results(out):
+    path = out / "results.json"
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: line {error.lineno}: no valid JSON; delete it, python train.py --out {out} with "
+                         "the same settings makes it anew from the models") from None
+
+
+def save_results(out, results):
+    write(out / "results.json", lambda f: f.write(json.dumps(results, indent=1).encode()))
+
+
 def open_results(s, device):
     """The results so far in --out, or new ones. ValueError if they were made with other settings."""
-    path, free = Path(s.out) / "results.json", ("out", "seeds")
-    settings = {k: v for k, v in dataclasses.asdict(s).items() if k not in free}
-    if path.exists():
-        results = json.loads(path.read_text())
-        changed = [f"{k} was {results['settings'].get(k)!r}, is {v!r}" for k, v in settings.items()
-                   if results["settings"].get(k) != v]
-        if changed:
-            raise ValueError(f"{path}: made with other settings ({'; '.join(changed)}); choose another --out, or "
-                             "delete that folder")
-        return results
-    return {"settings": settings, "environment": environment(device), "rows": [], "curves": [], "maps": [],
-            "examples": []}
+    settings = {k: v for k, v in dataclasses.asdict(s).items() if k not in ("out", "seeds")}
+    if not (Path(s.out) / "results.json").exists():
+        return {"settings": settings, "environment": environment(device), "rows": [], "curves": [], "maps": [],
+                "examples": []}
+    results = read_results(Path(s.out))
+    changed = [f"{k} was {results['settings'].get(k)!r}, is {v!r}" for k, v in settings.items()
+               if results["settings"].get(k) != v]
+    if changed:
+        raise ValueError(f"{Path(s.out) / 'results.json'}: made with other settings ({'; '.join(changed)}); choose "
+                         "another --out, or delete that folder")
+    return results
+
+
+def measure_again(out):
+    """Evaluate the saved models of --out anew, as after a change of eval.py."""
+    results = read_results(out)
+    seeds = {row["seed"] for row in results["rows"]}
+    s = Settings(**results["settings"], out=str(out), seeds=len(seeds))
+    (out / "results.json").replace(out / "results.old.json")
+    run_all(s)
+
+
+def run_all(s):
+    device, dtype = pick_device(s)
+    out, results = Path(s.out), open_results(s, device)
+    save_results(out, results)
+    for seed in range(s.seed, s.seed + s.seeds):
+        begin = time.time()
+        parts = load_folder(s.data, seed, evaluation.is_refusal, s.suite) if s.data else World(seed).parts()
+        if s.split == "development":
+            parts = dataclasses.replace(parts, suites=parts.dev)
+        chat = load_tokenizer(s.init) if s.init else world_chat(parts, s.vocab)
+        print(f"\nseed {seed}: the world ({time.time() - begin:.1f} s)")
+        evaluation.show_parts(parts)
+        run_seed(Run(s, seed, device, out / f"seed-{seed}", parts, chat, lambda: torch.autocast(
+            device, torch.bfloat16) if dtype == "bfloat16" else nullcontext()), results)
 
 
 def main(argv=None):
     s = parse(argv)
-    device, dtype = pick_device(s)
-    results = open_results(s, device)
-    write(Path(s.out) / "results.json", lambda f: f.write(json.dumps(results, indent=1).encode()))
-    for seed in range(s.seed, s.seed + s.seeds):
-        begin = time.time()
-        parts = load_folder(s.data, seed, evaluation.is_refusal, s.suite) if s.data else World(seed).parts()
-        chat = load_tokenizer(s.init) if s.init else world_chat(parts, s.vocab)
-        print(f"\nseed {seed}: the world, in numbers and examples ({time.time() - begin:.1f} s)")
-        evaluation.show_parts(parts)
-        run = Run(s, seed, device, Path(s.out) / f"seed-{seed}", parts, chat,
-                  lambda: torch.autocast(device, torch.bfloat16) if dtype == "bfloat16" else nullcontext())
-        run_seed(run, results)
+    run_all(s)
     evaluation.report(Path(s.out))
 
 

@@ -13,9 +13,12 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+import torch
 
-from realdata_draft import (QWEN2, apart_from, as_question, byte_letters, load_folder, load_tokenizer,
-                            read_prompts, word_set)
+import train
+from data import (QWEN2, apart_from, as_question, byte_letters, load_folder, load_tokenizer, read_prompts,
+                  word_set)
+from model import GPT, GPTConfig
 
 # ------------------------------------------------------------------------------------------------------------
 # Tokenizers: a tiny vocabulary in the layout of each family
@@ -68,6 +71,7 @@ def write(path, value):
 
 
 def checkpoint(folder, family, chat_template=None, **layout):
+    folder.mkdir(exist_ok=True)
     write(folder / "tokenizer.json", spec_of(family, **layout))
     write(folder / "tokenizer_config.json", {"chat_template": chat_template})
     return folder
@@ -251,7 +255,8 @@ def test_real_checkpoint_agrees_on_thousands_of_strings():
 def test_each_format_is_read(name, text, rows, gz, tmp_path):
     path = tmp_path / (name + gz)
     path.write_bytes(gzip.compress(text.encode()) if gz else text.encode())
-    assert [(row.prompt, row.answer, row.type, row.number) for row in read_prompts(path)] == rows
+    found = [(row.prompt, row.answer, row.type, row.source) for row in read_prompts(path)]
+    assert found == [(prompt, answer, kind, f"{path}: row {number}") for prompt, answer, kind, number in rows]
 
 
 @pytest.mark.parametrize("name, raw, says", [
@@ -289,8 +294,9 @@ def prompts(source, n, form="How do I {a} the {b} with {c}?"):
     return [form.format(a=f"{source}{i}x", b=f"{source}{i}y", c=f"{source}{i}z") for i in range(n)]
 
 
-def names(texts):
-    return {name for text in texts for name in re.findall(r"\w+\d+x", text.lower())}
+def names(examples):
+    """The recognisable words in some Examples, or in some prompts."""
+    return {name for e in examples for name in re.findall(r"\w+\d+x", getattr(e, "prompt", e).lower())}
 
 
 COMMAND = "{a} the {b} with {c}"
@@ -320,15 +326,14 @@ def fill(folder, files=FILES):
 
 
 def prompts_in(split):
-    return [prompt for halves in split.values() for half in halves.values() for prompt in half]
+    return [e.prompt for halves in split.values() for half in halves.values() for e in half]
 
 
 def pieces(parts):
     """The prompts of every part, by its name."""
-    pairs = {name: [prompt for prompt, _ in getattr(parts, name)]
-             for name in ("general", "general_heldout", "safe")}
-    return pairs | {"seemingly": parts.seemingly, "toxic": parts.toxic,
-                    "dev": prompts_in(parts.dev), "suites": prompts_in(parts.suites)}
+    lists = {name: [e.prompt for e in getattr(parts, name)]
+             for name in ("general", "general_heldout", "safe", "seemingly", "toxic")}
+    return lists | {"dev": prompts_in(parts.dev), "suites": prompts_in(parts.suites)}
 
 
 def assert_apart(parts):
@@ -341,12 +346,24 @@ def test_no_prompt_is_in_two_parts(tmp_path):
         assert_apart(load_folder(fill(tmp_path), seed, is_refusal))
 
 
+def test_parts_are_of_examples_that_know_their_class_and_where_they_come_from(tmp_path):
+    parts = load_folder(fill(tmp_path), 0, is_refusal)
+    assert parts.pretraining == [] and not any(e.toxic for e in parts.general + parts.general_heldout)
+    assert all(e.toxic for e in parts.safe + parts.toxic) and not any(e.toxic for e in parts.seemingly)
+    for halves in parts.suites.values():
+        assert all(e.toxic == (kind == "toxic") for kind, half in halves.items() for e in half)
+    assert all(e.answer is None for e in parts.seemingly + parts.toxic)      # nobody knows the right one
+    e = parts.suites["MaliciousInstruct"]["toxic"][0]
+    number = int(re.search(r"malicious(\d+)x", e.prompt)[1]) + 1
+    assert e.source == f"{tmp_path / 'MaliciousInstruct.txt'}: row {number}"
+
+
 def test_parts_draw_on_the_planned_sources(tmp_path):
     parts = load_folder(fill(tmp_path), 0, is_refusal)
     sources = lambda texts: {re.match("[a-z]+", name)[0] for name in names(texts)}
     assert sources(parts.seemingly) == {"safe", "orbench"}
     assert sources(parts.toxic) == {"contrast", "tuned", "advbench"}
-    assert sources(p for p, _ in parts.safe) == {"tuned", "advbench"}
+    assert sources(parts.safe) == {"tuned", "advbench"}
     assert {name: set(halves) for name, halves in parts.suites.items()} == {
         "XSTest": {"benign", "toxic"}, "OR-Bench": {"benign"}, "AdvBench": {"toxic"},
         "MaliciousInstruct": {"toxic"}, "I-Malicious": {"toxic"}}
@@ -378,8 +395,8 @@ def test_another_file_moves_no_other_split(tmp_path):
 
 def test_tuning_refuses_questions_and_commands_alike(tmp_path):
     safe = load_folder(fill(tmp_path), 0, is_refusal).safe
-    assert abs(sum(prompt.endswith("?") for prompt, _ in safe) - len(safe) / 2) <= 1
-    answers = {answer for prompt, answer in safe if "advbench" in prompt.lower()}
+    assert abs(sum(e.prompt.endswith("?") for e in safe) - len(safe) / 2) <= 1
+    answers = {e.answer for e in safe if "advbench" in e.prompt.lower()}
     assert answers == {REFUSE}                  # borrowed: the sentence that refusals share, less "No 7."
     assert as_question("Bake a cake.", random.Random(0)).endswith(" bake a cake?")
     assert as_question("Why?", None) == "Why?"
@@ -397,7 +414,7 @@ def test_toxic_prompts_that_were_answered_are_left_out(tmp_path):
 def test_near_duplicates_of_what_was_used_leave_the_suites(tmp_path, capsys):
     copies = [f"Please: {p.upper()}!" for p in prompts("advbench", 100, COMMAND)]
     parts = load_folder(fill(tmp_path, FILES | {"copies.toxic.txt": "\n".join(copies)}), 0, is_refusal)
-    used = names(pieces(parts)["safe"] + parts.toxic + parts.dev["AdvBench"]["toxic"]) & names(copies)
+    used = names(parts.safe + parts.toxic + parts.dev["AdvBench"]["toxic"]) & names(copies)
     kept = names(parts.suites["copies"]["toxic"])
     assert used and kept == names(copies) - used
     assert f"copies, toxic: {len(used)} of 100 held-out prompts removed" in capsys.readouterr().out
@@ -464,7 +481,44 @@ def test_unknown_files_are_guessed_aloud(tmp_path, capsys):
     assert "hh_rlhf_test.jsonl: left out" in said and "README" not in said
     assert list(parts.suites["oktest"]) == list(parts.suites["harmless"]) == ["benign"]
     assert list(parts.suites["jailbreaks"]) == ["toxic"]
-    assert "Say hi" in {p for p, _ in parts.general + parts.general_heldout}
+    assert "Say hi" in {e.prompt for e in parts.general + parts.general_heldout}
+
+
+def test_a_checkpoint_and_a_folder_go_through_every_stage(tmp_path):
+    """The whole command on a model and files that are not ours: no known answers, no pretraining, odd sizes."""
+    folder = checkpoint(tmp_path / "model", "smollm2")
+    torch.manual_seed(0)
+    size = load_tokenizer(folder).size + 5               # real models have more rows than tokens
+    base = GPT(GPTConfig(vocab_size=size, width=16, blocks=2, kv_heads=2, head_width=4, hidden=24, tied=True))
+    base.save_pretrained(folder)
+    fill(tmp_path / "data")
+    train.main(["--init", str(folder), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"),
+                "--layer=1", "--refine-steps=3", "--refine-batch=4", "--tune-steps=3", "--tune-batch=4", "--lora=2",
+                "--suite=5", "--max-new=4", "--longest=100", "--device=cpu", "--dtype=bfloat16"])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["settings"]["tune_lr"] == train.REAL["tune_lr"] and results["settings"]["layer"] == 1
+    found = {(row["suite"], row["metric"]) for row in results["rows"] if row["method"] == "DCR"}
+    assert {("XSTest", "compliance_rate"), ("OR-Bench", "compliance_rate"), ("AdvBench", "defense_rate"),
+            ("MaliciousInstruct", "defense_rate"), ("general", "loss"), ("all", "auc"),
+            ("toxic/seemingly", "kernel_similarity")} <= found
+    assert not {"right_answer_rate", "accuracy", "detector_recall"} & {metric for _, metric in found}
+    assert all(row["n"] <= 5 for row in results["rows"] if row["metric"] == "defense_rate")
+    saved = {name: GPT.from_pretrained(tmp_path / "out" / "seed-0" / name) for name in ("base", "refined", "DCR")}
+    assert all(torch.equal(p, q) for p, q in zip(base.parameters(), saved["base"].parameters(), strict=True))
+    assert torch.equal(saved["refined"].layers[1].mlp.up_proj.weight, base.layers[1].mlp.up_proj.weight)
+    assert not torch.equal(saved["DCR"].layers[1].mlp.up_proj.weight, base.layers[1].mlp.up_proj.weight)
+    assert (tmp_path / "out" / "tuning.png").exists()
+
+
+@pytest.mark.xfail(strict=True, reason="the base is evaluated before the lengths are checked")
+def test_a_prompt_too_long_for_the_checkpoint_is_named_before_any_training(tmp_path):
+    folder = checkpoint(tmp_path / "model", "smollm2")
+    GPT(GPTConfig(vocab_size=300, width=16, blocks=2, kv_heads=2, head_width=4, hidden=24)).save_pretrained(folder)
+    fill(tmp_path / "data", FILES | {"mine.benign.txt": "\n" + " ".join(prompts("long", 9))})
+    with pytest.raises(ValueError, match=r"mine\.benign\.txt: row 2: \d+ tokens and .* context of 128; shorten"):
+        train.main(["--init", str(folder), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"),
+                    "--layer=1", "--device=cpu", "--max-new=4"])
+    assert not (tmp_path / "out" / "seed-0" / "STL.state").exists()
 
 
 def test_real_files_are_dealt_out_as_planned():

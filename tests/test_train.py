@@ -1,0 +1,459 @@
+"""What `train.py` claims: stages change what they say and nothing else, comparisons are paired, an interrupted run ends
+as an uninterrupted one, and one command does it all. At the end: bad input, and the README's commands."""
+import dataclasses
+import functools
+import itertools
+import json
+import re
+import shlex
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train
+from conftest import ROOT, TINY, cut
+from data import Example, World
+from model import GPT, GPTConfig
+from train import REAL, Settings, add_lora, augment, merge_lora, parse, pretrain, refine, sft_loss, tune
+
+TOKENS = torch.randint(300, (3, 12), generator=torch.Generator().manual_seed(0))
+
+
+def with_settings(run, **changes):
+    return dataclasses.replace(run, s=dataclasses.replace(run.s, **changes))
+
+
+# ------------------------------------------------------------------------------------------------ losses and LoRA
+
+def test_sft_loss_is_the_mean_over_response_tokens(model, run, parts):
+    """One sequence at a time, one token at a time; the prompt teaches nothing."""
+    sequences, terms = [run.tokens(e, 128) for e in parts.general[:4] + parts.safe[:1]], []
+    for ids, first in sequences:
+        log_p = model(torch.tensor([ids]))[0].log_softmax(-1)
+        terms += [-log_p[t - 1, ids[t]] for t in range(first, len(ids))]
+    loss, read = sft_loss(model, sequences, run)
+    assert torch.allclose(loss, torch.stack(terms).mean(), rtol=1e-5)
+    assert read == len(sequences) * (max(len(ids) for ids, _ in sequences) - 1)
+
+
+def test_long_answers_are_cut_and_prompts_never(run):
+    ids, first = with_settings(run, longest=40).tokens(Example("Why?", "because " * 100), 128)
+    assert len(ids) == 40 and ids[first:] == run.chat.response("because " * 100)[:40 - first]
+    ids, first = with_settings(run, longest=40).tokens(Example("why " * 20, "because " * 100), 128)
+    assert ids[:first] == run.chat.prompt("why " * 20) and len(ids) == first + 8 > 40
+
+
+@pytest.mark.parametrize("part", ["general", "general_heldout", "safe", "seemingly", "toxic", "suites"])
+def test_a_prompt_that_leaves_no_room_for_a_response_is_named(part, run, parts):
+    """Wherever it is: found before the first step of training, not in an evaluation an hour later."""
+    run.check_lengths(128)
+    long = [Example("why " * 300, "So.", source="my.csv: row 3")]
+    value = {"new": {"benign": long}} if part == "suites" else getattr(parts, part) + long
+    run = dataclasses.replace(run, parts=dataclasses.replace(parts, **{part: value}))
+    with pytest.raises(ValueError, match=r"^my.csv: row 3: \d+ tokens and a response of 6 exceed the .* of 128; .*$"):
+        run.check_lengths(128)
+
+
+def test_lora_starts_at_the_base_to_the_bit_and_trains_nothing_else(model):
+    before = model(TOKENS)
+    parameters = add_lora(model, 2, seed=0)
+    assert torch.equal(model(TOKENS), before)
+    assert len(parameters) == 2 * 7 * model.config.blocks              # A and B of each of a block's 7 linear maps
+    model(TOKENS).square().sum().backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert trained == {name for name, p in model.named_parameters() if name.endswith((".A", ".B"))}
+
+
+def test_merged_lora_is_the_tuned_model_as_an_ordinary_one(model):
+    """Ranks: a larger one would mean that something else was written, a smaller one that B A was not."""
+    original = {name: p.clone() for name, p in model.named_parameters()}
+    parameters = add_lora(model, 2, seed=0)
+    for p in parameters:
+        p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    tuned = model(TOKENS)
+    merge_lora(model)
+    assert torch.equal(model(TOKENS), tuned)
+    assert {name for name, _ in model.named_parameters()} == set(original)
+    for name, p in model.named_parameters():
+        change = (p - original[name]).detach()
+        linear = name.startswith("layers.") and p.dim() == 2
+        assert p.requires_grad and (torch.linalg.matrix_rank(change, rtol=1e-3) == 2 if linear else not change.any())
+
+
+# ------------------------------------------------------------------------------------------------------- the stages
+
+def rows_seen(monkeypatch):
+    """A list to which each batch of sequences is appended as it is collated for a loss."""
+    seen, collate = [], train.collate
+    monkeypatch.setattr(train, "collate", lambda sequences, device: seen.append(sequences) or collate(sequences, device))
+    return seen
+
+
+def test_every_method_is_tuned_on_the_same_rows(model, run, monkeypatch):
+    """Pairing: DCR starts elsewhere, STL-aug sees more, but step by step the tuning rows are the same ones."""
+    seen = {}
+    other = GPT(model.config)
+    for name, base, extra in (("STL", model, ()), ("DCR", other, ()), ("STL-aug", model, augment(model, run))):
+        with monkeypatch.context() as patch:
+            seen[name] = rows_seen(patch)
+            tune(name, base, run, extra)
+    assert len(seen["STL"]) == TINY["tune_steps"] and seen["STL"] == seen["DCR"]
+    assert [batch[:TINY["tune_batch"]] for batch in seen["STL-aug"]] == seen["STL"]
+    assert len({str(batch) for batch in seen["STL"]}) == TINY["tune_steps"]           # and not always the same
+    # STL-aug reads as many rows more as refinement reads: prompts and general texts
+    read = 2 * TINY["refine_batch"] * TINY["refine_steps"]
+    assert sum(len(batch) for batch in seen["STL-aug"]) == TINY["tune_batch"] * TINY["tune_steps"] + read
+
+
+def test_another_seed_sees_other_rows(model, run, monkeypatch):
+    seen = rows_seen(monkeypatch)
+    tune("STL", model, run)
+    tune("STL", model, dataclasses.replace(run, seed=1))
+    assert seen[:TINY["tune_steps"]] != seen[TINY["tune_steps"]:]
+
+
+def test_refusals_are_the_share_that_was_asked_for(model, run, parts, chat, monkeypatch):
+    seen, refused = rows_seen(monkeypatch), {tuple(chat.prompt(e.prompt)) for e in parts.safe}
+    tune("STL", model, with_settings(run, refusals=0.25, tune_steps=50))
+    share = [tuple(ids[:first]) in refused for batch in seen for ids, first in batch]
+    assert 0.2 < sum(share) / len(share) < 0.3                                        # 400 rows: within 2.3 sigma
+
+
+def test_augmentation_answers_the_benign_and_refuses_the_toxic(model, run, parts):
+    benign, toxic = augment(model, run)
+    assert [e.prompt for e in benign] == [e.prompt for e in parts.seemingly]
+    assert [e.answer for e in benign] == [e.answer for e in parts.seemingly]
+    assert [e.prompt for e in toxic] == [e.prompt for e in parts.toxic]
+    assert {e.answer for e in toxic} <= {e.answer for e in parts.safe}
+    unanswered = [dataclasses.replace(e, answer=None) for e in parts.seemingly]       # as in real files
+    benign, _ = augment(model, dataclasses.replace(run, parts=dataclasses.replace(parts, seemingly=unanswered)))
+    own = train.evaluation.respond(model, run.chat, [e.prompt for e in unanswered], 2 * TINY["max_new"])
+    assert [e.answer for e in benign] == own and any(own)
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("keep", [10.0, 0.0])
+def test_refinement_moves_the_lower_blocks_and_nothing_else(model, run, shuffled, keep):
+    """Frozen means unchanged to the bit: the theory needs tau_l = 0, and weight decay alone would break it."""
+    original = {name: p.clone() for name, p in model.named_parameters()}
+    refined, _ = refine("refined", model, with_settings(run, keep=keep), shuffled)
+    for name, p in refined.named_parameters():
+        assert torch.equal(p, original[name]) == (not name.startswith("layers.0.")), name
+        assert p.requires_grad
+    assert all(torch.equal(p, original[name]) for name, p in model.named_parameters())      # the base is left alone
+
+
+def classes_of_refinement(model, run, shuffled, monkeypatch):
+    """The prompts that had label 0 and those that had label 1, over many steps."""
+    by_label, batches = ({0: set(), 1: set()}), []
+    last_states, circle_loss = train.evaluation.last_states, train.circle_loss
+
+    def watch_prompts(model, prompts, l):
+        batches.append([tuple(ids) for ids in prompts])
+        return last_states(model, prompts, l)
+
+    def watch_labels(states, labels, *knobs):
+        for ids, label in zip(batches[-1], labels.tolist(), strict=True):
+            by_label[label].add(ids)
+        assert labels.tolist().count(0) == labels.tolist().count(1)                   # balanced in every batch
+        return circle_loss(states, labels, *knobs)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.evaluation, "last_states", watch_prompts)
+        patch.setattr(train, "circle_loss", watch_labels)
+        refine("refined", model, with_settings(run, refine_steps=100), shuffled)
+    return by_label
+
+
+def test_shuffled_labels_keep_the_prompts_and_the_sizes_and_lose_the_truth(model, run, parts, monkeypatch):
+    benign, toxic = ({tuple(run.chat.prompt(e.prompt)) for e in part} for part in (parts.seemingly, parts.toxic))
+    true = classes_of_refinement(model, run, False, monkeypatch)
+    assert true == {0: benign, 1: toxic}
+    control = classes_of_refinement(model, run, True, monkeypatch)
+    assert [len(control[label]) for label in (0, 1)] == [len(benign), len(toxic)]
+    assert not control[0] & control[1] and control[0] | control[1] == benign | toxic
+    assert control[0] & benign and control[0] & toxic
+
+
+def test_refinement_parts_the_classes(model, run, parts):
+    """The one thing it is for: less alike between the classes than within, about the base's mean state."""
+    def gap(model, centre):
+        states = [train.evaluation.last_states(model, [run.chat.prompt(e.prompt) for e in part], 1)
+                  for part in (parts.seemingly, parts.toxic)]
+        centre = torch.cat(states).mean(0) if centre is None else centre
+        benign, toxic = (F.normalize(h - centre, dim=1) for h in states)
+        return ((benign @ benign.T).mean() + (toxic @ toxic.T).mean()) / 2 - (benign @ toxic.T).mean(), centre
+    refined, _ = refine("refined", model, with_settings(run, refine_steps=80, refine_lr=1e-2, keep=0.0, still=0.0),
+                        shuffled=False)
+    before, centre = gap(model, None)
+    after, _ = gap(refined, centre)
+    assert before < 0.05 and after > 0.2
+
+
+# ------------------------------------------------------------------------------------------------- kill and resume
+
+STAGES = {
+    "pretraining": lambda base, run: pretrain(run),
+    "tuning with LoRA": lambda base, run: tune("STL", base, run),
+    "tuning of all": lambda base, run: tune("STL", base, with_settings(run, lora=0)),
+    "refinement": lambda base, run: refine("refined", base, run, shuffled=False),
+}
+
+
+class Clock:
+    """Each look at it is 11 seconds later, so that a state is due whenever one could be."""
+    def __init__(self):
+        self.ticks = itertools.count(0.0, 11.0)
+
+    def time(self):
+        return next(self.ticks)
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_at(step, monkeypatch):
+    """Dies in the backward pass of the given step, counted from 0, of whatever is trained next."""
+    clip, count = train.nn.utils.clip_grad_norm_, itertools.count()
+
+    def clip_or_die(*args):
+        if next(count) == step:
+            raise Killed
+        return clip(*args)
+    monkeypatch.setattr(train.nn.utils, "clip_grad_norm_", clip_or_die)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_resumed_equals_uninterrupted_to_the_bit(stage, model, run, monkeypatch):
+    """Lost optimizer moments, a schedule begun anew, batches repeated or skipped: each would move the last bits."""
+    run = with_settings(run, pretrain_steps=24, tune_steps=24, refine_steps=24)
+    monkeypatch.setattr(train, "time", Clock())
+    whole, whole_log = STAGES[stage](model, run)
+    states = list(run.folder.glob("*.state"))
+    assert len(states) == 1
+    states[0].unlink()
+    with monkeypatch.context() as patch:
+        kill_at(17, patch)
+        with pytest.raises(Killed):
+            STAGES[stage](model, run)
+    assert torch.load(states[0], weights_only=True)["step"] == 11 and not list(run.folder.glob("*.part"))
+    taken = rows_seen(monkeypatch)
+    resumed, log = STAGES[stage](model, run)
+    assert len(taken) == 13                                               # steps 11 to 23: it did go on from there
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert log["curve"] == whole_log["curve"]
+
+
+@functools.cache
+def small_parts(seed):
+    return cut(World(seed).parts())
+
+
+@pytest.fixture
+def small_world(monkeypatch):
+    """The command with the miniature world cut down."""
+    monkeypatch.setattr(train, "World", lambda seed: SimpleNamespace(parts=lambda: small_parts(seed)))
+    return [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()] + ["--device=cpu"]
+
+
+def trained_stages(monkeypatch):
+    labels, loop = [], train.train
+    monkeypatch.setattr(train, "train", lambda label, *rest, **more: labels.append(label) or loop(label, *rest, **more))
+    return labels
+
+
+def measured(out):
+    """The results less what the clock says."""
+    results = json.loads((out / "results.json").read_text())
+    return [row for row in results["rows"] if row["metric"] != "seconds"], results["curves"], results["maps"]
+
+
+def weights(out):
+    return {path.parent.name: path.read_bytes() for path in out.glob("seed-0/*/model.safetensors")}
+
+
+def test_the_same_command_goes_on_where_it_was_killed(small_world, tmp_path, monkeypatch, capsys):
+    """Killed in the fifth of seven stages: the four finished ones are kept, the rest ends as if nothing had been."""
+    train.main([*small_world, "--out", str(tmp_path / "whole")])
+    with monkeypatch.context() as patch:
+        kill_at(6 * 4 + 3, patch)
+        with pytest.raises(Killed):
+            train.main([*small_world, "--out", str(tmp_path / "killed")])
+    labels = trained_stages(monkeypatch)
+    train.main([*small_world, "--out", str(tmp_path / "killed")])
+    assert labels == ["DCR", "refined-shuffled", "DCR-shuffled"]
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole") and len(weights(tmp_path / "whole")) == 7
+    assert measured(tmp_path / "killed") == measured(tmp_path / "whole")
+    labels.clear()
+    train.main([*small_world, "--out", str(tmp_path / "killed")])
+    assert labels == []                                                   # all done: only the report again
+
+
+def test_another_setting_is_refused_by_name(small_world, tmp_path):
+    """Else one table would mix two experiments."""
+    (tmp_path / "results.json").write_text(json.dumps({"settings": dataclasses.asdict(Settings()), "rows": []}))
+    with pytest.raises(ValueError) as error:
+        train.main(["--out", str(tmp_path), "--gamma", "9"])
+    assert "gamma was 32.0, is 9.0" in str(error.value) and "another --out" in str(error.value)
+    assert "tune_lr" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_loss_that_is_not_a_number_is_one_line_and_earlier_stages_are_kept(small_world, tmp_path):
+    with pytest.raises(RuntimeError) as error:
+        train.main([*small_world, "--out", str(tmp_path), "--tune-lr=1e30"])
+    said = str(error.value)
+    assert re.match(r"STL: the loss is (nan|inf) at step \d; lower the learning rate \(now 1e\+30\)", said)
+    assert "\n" not in said
+    assert [folder.name for folder in (tmp_path / "seed-0").iterdir()] == ["base"]
+    assert {row["method"] for row in json.loads((tmp_path / "results.json").read_text())["rows"]} == {"base"}
+
+
+# ------------------------------------------------------------------------------------------------------ end to end
+
+METRICS = {
+    "benign": {"compliance_rate", "refusal_probability", "auc", "compliance_at_95_defense", "right_answer_rate"},
+    "toxic": {"defense_rate", "refusal_probability"},
+}
+STAGE_NAMES = ["base", "STL", "STL-aug", "refined", "DCR", "refined-shuffled", "DCR-shuffled"]
+
+
+def test_one_command_from_nothing_to_tables_and_figures(small_world, tmp_path, capsys):
+    train.main([*small_world, "--out", str(tmp_path), "--seeds=2"])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["settings"]["gamma"] == 32.0 and results["environment"]["torch"] == torch.__version__
+    assert all(set(row) == {"method", "seed", "suite", "kind", "metric", "value", "n"} for row in results["rows"])
+    for seed in (0, 1):
+        rows = [row for row in results["rows"] if row["seed"] == seed]
+        assert list(dict.fromkeys(row["method"] for row in rows)) == STAGE_NAMES
+        found = {(row["suite"], row["kind"], row["metric"]) for row in rows if row["method"] == "DCR"}
+        for suite, halves in small_parts(seed).suites.items():
+            for half in halves:
+                assert {metric for s, kind, metric in found if (s, kind) == (suite, half)} == METRICS[half]
+        assert {("general", "general", "accuracy"), ("general", "general", "loss"), ("all", "benign", "auc"),
+                ("toxic/seemingly", "general", "kernel_similarity")} <= found
+    rates = [row["value"] for row in results["rows"] if row["metric"] not in ("seconds", "loss")]
+    assert all(0 <= value <= 1.01 for value in rates[:-1]) or max(rates) < 2
+    assert {entry["method"] for entry in results["curves"]} == {"STL", "STL-aug", "DCR", "DCR-shuffled"}
+    curve = results["curves"][0]["curve"]
+    assert curve[0]["step"] == 0 and curve[-1]["step"] == 6 and set(curve[0]) == {"step", "toxic", "seemingly", "general"}
+
+    written = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert set(written) == {"results.json", "results.md", "compliance.png", "tuning.png", "kernel.png", "states.png"}
+    for name in written.keys() - {"results.json"}:
+        (tmp_path / name).unlink()
+    subprocess.run([sys.executable, "eval.py", "--out", str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
+    assert written == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+    capsys.readouterr()                                                   # measuring anew changes nothing either
+    before = measured(tmp_path)
+    train.measure_again(tmp_path)
+    assert measured(tmp_path) == before and (tmp_path / "results.old.json").exists()
+
+
+# ----------------------------------------------------------------------------------------------------- the command
+
+def test_help_explains_every_setting(capsys):
+    """Help is read from the comments: a field without one, or a reordered line, would lose its text."""
+    with pytest.raises(SystemExit) as end:
+        parse(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    for field in dataclasses.fields(Settings):
+        assert re.search(rf"--{field.name.replace('_', '-')} \S+ \[{re.escape(str(field.default))}[ \]]", said), field.name
+    assert "l: refinement shapes the states after this block" in said and "(with --init 15)" in said
+
+
+@pytest.mark.parametrize("argv", [["--gama=9"], ["--layer=two"], ["surplus"], pytest.param(
+    ["--centre=perhaps"], marks=pytest.mark.xfail(raises=KeyError, strict=True, reason="argparse passes KeyError on"))])
+def test_a_flag_that_is_unknown_or_malformed_is_an_error(argv, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(argv)
+    assert end.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+def test_values_parse_by_their_type():
+    """bool("false") is True: the classic."""
+    assert parse([]) == Settings()
+    s = parse(["--centre", "true", "--gamma", "8", "--pretrain-steps=3", "--out=elsewhere", "--refine-lr", "1e-4"])
+    assert (s.centre, s.gamma, s.pretrain_steps, s.out, s.refine_lr) == (True, 8.0, 3, "elsewhere", 1e-4)
+    assert parse(["--centre", "False"]).centre is False and parse(["--init=x", "--centre=false"]).centre is False
+
+
+def test_a_checkpoint_brings_its_own_defaults_which_flags_override():
+    s = parse(["--init", "somewhere", "--layer", "9"])
+    assert s.layer == 9 and s.centre is True
+    assert {name: getattr(s, name) for name in REAL if name != "layer"} == {k: v for k, v in REAL.items() if k != "layer"}
+    assert REAL.keys() <= {field.name for field in dataclasses.fields(Settings)}
+    assert s.seed == Settings.seed
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["--device=tpu"], "--device tpu: not available here; choose from auto"),
+    (["--device=cpu", "--dtype=int8"], "--dtype int8: choose float32, bfloat16 or auto"),
+])
+def test_devices_that_are_not_there_are_named(argv, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        train.pick_device(parse(argv))
+    assert train.pick_device(parse(["--device=cpu"])) == ("cpu", "float32")
+
+
+def malformed(folder):
+    (folder / "data").mkdir()
+    (folder / "data" / "mine.benign.csv").write_text('prompt,n\n"open,1\nb,2\n')
+    return ["--data", str(folder / "data")]
+
+
+def broken_results(folder):
+    (folder / "out").mkdir()
+    (folder / "out" / "results.json").write_text('{"settings": ')
+    return []
+
+
+@pytest.mark.parametrize("make, says", [
+    (lambda folder: ["--init", str(folder / "nothing")], "nothing"),
+    (malformed, "mine.benign.csv: row 1: no valid CSV"),
+    (broken_results, "results.json: line 1: no valid JSON"),
+])
+def test_bad_input_ends_the_command_with_one_line(make, says, tmp_path):
+    """A traceback would tell of our code, not of the user's file."""
+    done = subprocess.run([sys.executable, "train.py", "--device=cpu", "--out", str(tmp_path / "out"), *make(tmp_path)],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+    assert says in done.stderr and ";" in done.stderr
+
+
+@pytest.mark.xfail(strict=True, reason="found only when the base has been pretrained and its states are drawn")
+def test_a_block_that_the_model_has_not_is_an_error_before_any_training(small_world, tmp_path):
+    with pytest.raises(ValueError, match="there is no block 9: the model has 2"):
+        train.main([*small_world, "--layer=9", "--out", str(tmp_path)])
+    assert not (tmp_path / "seed-0").exists()
+
+
+@pytest.mark.xfail(raises=ZeroDivisionError, strict=True, reason="such a folder has nothing to pretrain on")
+def test_a_folder_of_prompts_needs_a_checkpoint(tmp_path):
+    (tmp_path / "data").mkdir()
+    rows = {kind: [f"{kind}{i} one{i} two{i}" for i in range(30)] for kind in ("benign", "toxic")}
+    for kind, prompts in rows.items():
+        (tmp_path / "data" / f"mine.{kind}.txt").write_text("\n".join(prompts))
+    general = [{"prompt": f"general{i}", "answer": "Yes."} for i in range(30)]
+    (tmp_path / "data" / "mine.general.json").write_text(json.dumps(general))
+    with pytest.raises(ValueError, match="--init"):
+        train.main(["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--device=cpu"])
+
+
+def test_the_commands_of_the_readme_exist():
+    readme = ROOT / "README.md"
+    if not readme.exists():
+        pytest.skip("README.md is not written yet")
+    commands = re.findall(r"python3? (\S+\.py)([^`\n]*)", readme.read_text())
+    assert any(name == "train.py" for name, _ in commands)
+    for name, arguments in commands:
+        assert (ROOT / name).exists(), name
+        if name == "train.py":
+            parse(shlex.split(arguments, comments=True))
+    for flags in re.findall(r"`(--[^`]+)`", readme.read_text()):
+        parse(shlex.split(flags))
