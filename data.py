@@ -227,7 +227,7 @@ class Parts:
 
 
 def share(items, rng, **counts):
-    """Deal items out at random: share("abcde", rng, dev=1, new=2) has 1 dev, 2 new and as rest the other 2."""
+    """Deal items out at random: share("abcde", rng, dev=1, new=2) has 1 dev, 2 new, and as rest 2."""
     items, dealt = rng.sample(list(items), len(items)), {}
     for name, count in counts.items():
         dealt[name], items = items[:count], items[count:]
@@ -643,7 +643,7 @@ class Row:
     prompt: str
     answer: str | None = None
     type: str | None = None     # XSTest's column: "homonyms", "contrast_homonyms", ...
-    source: str = ""            # "file: row 3", from 1: the line of a .txt or .jsonl, the row of a .csv or .json
+    source: str = ""            # "file: row 3", counted from 1 (.txt and .jsonl: the line)
 
 
 def read_text(path):

@@ -1,15 +1,16 @@
 """The whole story in one command: `python train.py`.
 
-For every seed, numbered as in the README:
-  1. make the world (or read --data), 2. train its tokenizer (or read --init's), 3. pretrain the base (or load
-  it), 4. tune it for safety (STL), 5. the same with refinement's prompts mixed in (STL-aug), 6. refine the base
-  and tune that (DCR), 7. the same with shuffled labels (the control), 8. evaluate all, print tables, draw figures.
+For every seed, numbered as in the README: 1. make the world (or read --data), 2. train its tokenizer (or
+read --init's), 3. pretrain the base (or load it), 4. tune it for safety (STL), 5. the same with
+refinement's prompts mixed in (STL-aug), 6. refine the base and tune that (DCR), 7. the same with shuffled
+labels (the control), 8. evaluate all, print tables, draw figures.
 
-Every comparison is paired: the same base, the same batches, the same number of steps. Each finished model is a
-checkpoint folder, each unfinished one a state on disk, so the same command goes on where it was stopped.
+Every comparison is paired: the same base, the same batches, the same number of steps. Each finished model
+is a checkpoint folder, each unfinished one a state on disk, so the same command goes on where it was
+stopped.
 
-Stage 2 is the usual SFT objective -E sum_t log pi(y_t | x, y_<t); stage 1 is `dcr.circle_loss` at block l with
-every later parameter frozen, and two retention terms. Read `eval.py` next.
+Stage 2 is the usual SFT objective -E sum_t log pi(y_t | x, y_<t); stage 1 is `dcr.circle_loss` at block l
+with every later parameter frozen, and two retention terms. Read `eval.py` next.
 """
 import argparse
 import copy
@@ -41,9 +42,9 @@ from model import GPT, GPTConfig
 
 @dataclass(frozen=True)
 class Settings:
-    """Every knob, its default and its reason; the defaults ARE the experiment. --help prints these comments."""
+    """Every knob, its default and its reason: the defaults ARE the experiment, the comments are --help."""
     out: str = "out"            # folder for checkpoints, results, figures; the same command goes on from it
-    init: str = ""              # Hugging Face folder of a Llama, Qwen2 or SmolLM2 chat model to use as the base
+    init: str = ""              # Hugging Face folder of a Llama, Qwen2 or SmolLM2 chat model, the base then
     data: str = ""              # folder of benchmark files, to use in place of the miniature world
     seed: int = 0               # first seed: facts, splits, initial weights and batches all follow from it
     seeds: int = 1              # how many seeds to run; five or more before believing a difference
@@ -59,7 +60,7 @@ class Settings:
     pretrain_lr: float = 4e-3   # high, as small models like it; warmed up and decayed as in every stage
 
     layer: int = 3              # l: refinement shapes the states after this block and freezes all above
-    refine_steps: int = 300     # the loss nears its floor after 50; what was damaged on the way heals in the rest
+    refine_steps: int = 300     # the loss is near its floor after 50; in the rest damage heals
     refine_batch: int = 32      # prompts a step, half of each class, and as many general texts for retention
     refine_lr: float = 1e-3     # 3e-4 parts the classes too little to survive the tuning
     margin: float = 0.25        # m of the Circle loss, its authors' value
@@ -80,8 +81,9 @@ class Settings:
     split: str = "held-out"     # suites to evaluate on; choose settings on "development", then report once
 
 
+# The defaults with --init: tried out on SmolLM2-135M, which has 30 blocks.
 REAL = dict(layer=15, refine_steps=40, refine_batch=24, refine_lr=1e-4, gamma=16.0, centre=True, keep=0.0,
-            still=1.0, tune_steps=40, tune_batch=16, tune_lr=2e-3, refusals=0.2, lora=16)    # defaults with --init
+            still=1.0, tune_steps=40, tune_batch=16, tune_lr=2e-3, refusals=0.2, lora=16)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -92,8 +94,9 @@ class LoRA(nn.Module):
 
     def __init__(self, weight, rank, generator):
         super().__init__()
-        self.A = nn.Parameter(torch.randn(rank, weight.shape[1], generator=generator) / weight.shape[1] ** 0.5)
-        self.B = nn.Parameter(torch.zeros(weight.shape[0], rank))
+        rows, columns = weight.shape                                    # out, in
+        self.A = nn.Parameter(torch.randn(rank, columns, generator=generator) / columns ** 0.5)
+        self.B = nn.Parameter(torch.zeros(rows, rank))
 
     def forward(self, weight):
         return weight + self.B @ self.A
@@ -119,11 +122,11 @@ def merge_lora(model):
 
 
 def train(label, model, parameters, loss, steps, lr, state_file, watch=None):
-    """Minimise loss(step) -> (scalar, tokens it took) over `parameters`. Returns a log with seconds and curve.
+    """Minimise loss(step) -> (scalar, tokens it took) over `parameters`; the log has seconds and a curve.
 
-    The state goes to disk every 10 seconds and is loaded if it is there: as batches depend on the step alone, an
-    interrupted run ends with the numbers of an uninterrupted one. watch() -> dict is called some 20 times, more
-    often early; its values are the curve. RuntimeError if the loss is not finite.
+    The state goes to disk every 10 seconds or more and is loaded if it is there: as batches depend on the step
+    alone, an interrupted run ends with the numbers of an uninterrupted one. watch() -> dict is called some
+    20 times, more often early; its values are the curve. RuntimeError if the loss is not finite.
     """
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
     log, first = {"seconds": 0.0, "curve": []}, 0
@@ -133,7 +136,7 @@ def train(label, model, parameters, loss, steps, lr, state_file, watch=None):
         optimizer.load_state_dict(state["optimizer"])
         log, first = state["log"], state["step"]
     watched = {steps * i // 10 for i in range(11)} | {steps * i // 50 for i in range(10)}
-    begin = saved = time.time()
+    begin, saved, pause, read = time.time(), time.time(), 10, 0
     bar = tqdm(total=steps, initial=first, desc=label, leave=False)
     for step in range(first, steps + 1):
         if watch and step in watched:
@@ -144,22 +147,25 @@ def train(label, model, parameters, loss, steps, lr, state_file, watch=None):
             group["lr"] = lr * min(1, (step + 1) / (0.05 * steps + 1)) * max(0.1, 1 - step / steps)
         value, tokens = loss(step)
         if not torch.isfinite(value):
-            raise RuntimeError(f"{label}: the loss is {value.item()} at step {step + 1}; lower the learning rate "
-                               f"(now {lr}) with a new --out, or resume: finished stages are kept")
+            raise RuntimeError(f"{label}: the loss is {value.item()} at step {step + 1}; lower its learning "
+                               f"rate (now {lr}), with a new --out; finished stages are kept in this one")
         value.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         bar.update()
-        if step % 10 == 0:
+        read += tokens
+        if step % 10 == 9 or time.time() - saved > pause:
             seconds, begin = time.time() - begin, time.time()
             log["seconds"] += seconds
-            bar.set_postfix_str(f"loss {value.item():.3f}, {10 * tokens / seconds:,.0f} tokens/s")
-            if begin - saved > 10:
-                saved = begin
+            bar.set_postfix_str(f"loss {value.item():.3f}, {read / seconds:,.0f} tokens/s")
+            read = 0
+            if begin - saved > pause:
                 write(state_file, lambda f: torch.save(
                     {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "log": log,
                      "step": step + 1}, f))
+                saved = time.time()
+                pause = max(10, 20 * (saved - begin))       # a large model takes long to write: less often
     bar.close()
     log["seconds"] += time.time() - begin
     return log
@@ -210,7 +216,7 @@ class Run:
             length = len(self.chat.prompt(e.prompt))
             if length + self.s.max_new > context:
                 raise ValueError(f"{e.source or repr(e.prompt)}: {length} tokens and a response of "
-                                 f"{self.s.max_new} exceed the model's context of {context}; shorten or delete it")
+                                 f"{self.s.max_new} exceed the model's context of {context}; shorten it")
 
 
 def sft_loss(model, sequences, run):
@@ -218,7 +224,7 @@ def sft_loss(model, sequences, run):
     tokens, targets = collate(sequences, run.device)                   # (B, T), (B, T)
     learn = targets >= 0
     with run.autocast():
-        hidden = model(tokens, upto=model.config.blocks)[learn]        # (n, width): the head at n positions only
+        hidden = model(tokens, upto=model.config.blocks)[learn]        # (n, width): no head where no loss
         logits = model.tail(hidden, since=model.config.blocks)         # (n, vocabulary)
     return F.cross_entropy(logits.float(), targets[learn]), tokens.numel()
 
@@ -242,8 +248,8 @@ def pretrain(run):
 
     def loss(step):
         return sft_loss(model, [texts[j] for j in batches[step]], run)
-    log = train("base", model, list(model.parameters()), loss, steps, s.pretrain_lr, run.folder / "base.state")
-    return model, log
+    return model, train("base", model, list(model.parameters()), loss, steps, s.pretrain_lr,
+                        run.folder / "base.state")
 
 
 def tune(name, base, run, extra=()):
@@ -303,7 +309,7 @@ def refine(name, base, run, shuffled):
 
     def loss(step):
         rng = run.rng("refinement", step)
-        prompts = rng.choices(benign, k=half) + rng.choices(toxic, k=half)        # balanced, as the paper's sampler
+        prompts = rng.choices(benign, k=half) + rng.choices(toxic, k=half)        # balanced, as in the paper
         tokens, targets = collate(rng.choices(general, k=s.refine_batch), run.device)
         used = torch.cummax(targets.flip(1) >= 0, 1)[0].flip(1)                   # up to the last target
         with run.autocast():
@@ -343,8 +349,10 @@ def run_seed(run, results):
             save_results(run.folder.parent, results)
         return model
 
-    base = stage("base", lambda: (GPT.from_pretrained(run.s.init).to(run.device), {"seconds": 0.0, "curve": []})
-                 if run.s.init else pretrain(run))
+    def load():
+        return GPT.from_pretrained(run.s.init).to(run.device), {"seconds": 0.0, "curve": []}
+
+    base = stage("base", load if run.s.init else lambda: pretrain(run))
     run.check_lengths(base.config.context)
     stage("STL", lambda: tune("STL", base, run))
     stage("STL-aug", lambda: tune("STL-aug", base, run, augment(base, run)))
@@ -359,7 +367,8 @@ def run_seed(run, results):
 
 def parse(argv):
     """Settings from the command line: one flag a field, its comment as the help, unknown flags an error."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Settings), re.M))
     for f in dataclasses.fields(Settings):
         real = f" (with --init {REAL[f.name]})" if f.name in REAL else ""
@@ -381,8 +390,8 @@ def pick_device(s):
     dtype = s.dtype if s.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"--dtype {s.dtype}: choose float32, bfloat16 or auto")
-    print(f"device {device} ({'asked for' if s.device != 'auto' else 'the first there is of cuda, mps, cpu'}), "
-          f"matrix products in {dtype}, {torch.get_num_threads()} threads")
+    why = "the first there is of cuda, mps, cpu" if s.device == "auto" else "asked for"
+    print(f"device {device} ({why}), matrix products in {dtype}, {torch.get_num_threads()} threads")
     return device, dtype
 
 
@@ -390,8 +399,8 @@ def environment(device):
     source = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes()
                       for name in ("data", "model", "dcr", "train", "eval"))
     return {"source": hashlib.sha256(source).hexdigest()[:12], "python": platform.python_version(),
-            "torch": torch.__version__, "device": torch.cuda.get_device_name() if device == "cuda" else device,
-            "threads": torch.get_num_threads(), "machine": platform.machine()}
+            "torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name() if device == "cuda" else device}
 
 
 def read_results(out):
@@ -399,8 +408,8 @@ def read_results(out):
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: line {error.lineno}: no valid JSON; delete it, python train.py --out {out} with "
-                         "the same settings makes it anew from the models") from None
+        raise ValueError(f"{path}: line {error.lineno}: no valid JSON; delete it, and train.py with the same "
+                         "settings makes it anew from the saved models") from None
 
 
 def save_results(out, results):
@@ -411,14 +420,14 @@ def open_results(s, device):
     """The results so far in --out, or new ones. ValueError if they were made with other settings."""
     settings = {k: v for k, v in dataclasses.asdict(s).items() if k not in ("out", "seeds")}
     if not (Path(s.out) / "results.json").exists():
-        return {"settings": settings, "environment": environment(device), "rows": [], "curves": [], "maps": [],
-                "examples": []}
+        return {"settings": settings, "environment": environment(device),
+                "rows": [], "curves": [], "maps": [], "examples": []}
     results = read_results(Path(s.out))
     changed = [f"{k} was {results['settings'].get(k)!r}, is {v!r}" for k, v in settings.items()
                if results["settings"].get(k) != v]
     if changed:
-        raise ValueError(f"{Path(s.out) / 'results.json'}: made with other settings ({'; '.join(changed)}); choose "
-                         "another --out, or delete that folder")
+        raise ValueError(f"{Path(s.out) / 'results.json'}: made with other settings ({'; '.join(changed)}); "
+                         "choose another --out, or delete that folder")
     return results
 
 

@@ -1,4 +1,4 @@
-"""What several test files share: a small share of the miniature world, its tokenizer, a tiny model and a run."""
+"""What several test files share: a little of the miniature world, its tokenizer, a tiny model and a run."""
 import dataclasses
 import os
 import sys
@@ -18,17 +18,18 @@ from model import GPT, GPTConfig                 # noqa: E402
 from train import Run, Settings                  # noqa: E402
 
 # Settings with which every stage takes a moment
-TINY = dict(width=16, blocks=2, layer=1, vocab=400, pretrain_steps=6, pretrain_batch=8, refine_steps=6, refine_batch=8,
-            tune_steps=6, tune_batch=8, max_new=6, lora=2)
+TINY = dict(width=16, blocks=2, layer=1, vocab=400, pretrain_steps=6, pretrain_batch=8, refine_steps=6,
+            refine_batch=8, tune_steps=6, tune_batch=8, max_new=6, lora=2)
 
 
 def cut(parts):
     """The same parts with fewer examples in each."""
     suites = {name: {half: examples[:4] for half, examples in halves.items()}
               for name, halves in parts.suites.items() if name in ("combinations", "class", "context")}
-    return dataclasses.replace(parts, pretraining=parts.pretraining[:600], general=parts.general[:60],
-                               general_heldout=parts.general_heldout[:8], safe=parts.safe[:30],
-                               seemingly=parts.seemingly[:20], toxic=parts.toxic[:40], suites=suites, dev=suites)
+    return dataclasses.replace(
+        parts, pretraining=parts.pretraining[:600], general=parts.general[:60], safe=parts.safe[:30],
+        general_heldout=parts.general_heldout[:8], seemingly=parts.seemingly[:20], toxic=parts.toxic[:40],
+        suites=suites, dev=suites)
 
 
 @pytest.fixture(scope="session")
@@ -49,9 +50,9 @@ def chat(parts):
 
 @pytest.fixture
 def model(chat):
-    """Random, with weights 5 times the usual: at initialisation's own, all logits are nearly equal and hide errors."""
+    """Random, with weights 5 times the usual: at initialisation's own, nearly equal logits hide errors."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=chat.size, width=16, blocks=2, heads=4, kv_heads=2, head_width=4, hidden=48))
+    model = GPT(GPTConfig(vocab_size=chat.size, width=16, blocks=2, kv_heads=2, head_width=4, hidden=48))
     for p in model.parameters():
         p.data += torch.randn_like(p) * (0.1 if p.dim() == 2 else 0.3)
     return model

@@ -1,5 +1,5 @@
-"""What `dcr.py` claims: the Circle loss is its definition, its gradient takes the weights as constants, and nothing
-that should not matter does; the two retention terms vanish at the base."""
+"""What `dcr.py` claims: the Circle loss is its definition, its gradient takes the weights as constants, and
+nothing that should not matter does; the two retention terms vanish at the base."""
 import math
 
 import pytest
@@ -39,12 +39,12 @@ def naive(features, labels, m, gamma):
     return sum(losses) / len(losses)
 
 
-# ------------------------------------------------------------------------------------------ definition and gradient
+# ------------------------------------------------------------------------------------ definition and gradient
 
 @pytest.mark.parametrize("m, gamma", [(0.25, 16.0), (0.25, 32.0), (0.4, 80.0), (0.1, 1.0)])
 @pytest.mark.parametrize("classes", [2, 3, 5])
 def test_circle_loss_is_its_definition_pair_by_pair(m, gamma, classes):
-    """A swapped margin, a missing relu or a mean over the wrong number shows; more than two classes are allowed.
+    """A swapped margin, a missing relu or a mean over the wrong number shows; any number of classes will do.
     torch's softplus would not do: beyond 20 it takes log(1 + e^x) for x."""
     features, labels = some_features(classes=classes)
     expected = naive(features, labels, m, gamma)
@@ -62,13 +62,14 @@ def test_golden_values(m, gamma, value):
 
 def test_golden_gradient_by_angle():
     angles = (torch.tensor([0, 20, 40, 60, 80.0], dtype=torch.float64) * math.pi / 180).requires_grad_()
-    circle_loss(torch.stack((angles.cos(), angles.sin()), 1), torch.tensor([0, 0, 1, 1, 2]), 0.4, 80.0).backward()
+    features = torch.stack((angles.cos(), angles.sin()), 1)
+    circle_loss(features, torch.tensor([0, 0, 1, 1, 2]), 0.4, 80.0).backward()
     golden = [8.69300258, 24.62545032, -39.61582873, 15.46141307, -9.16403724]
     assert angles.grad.tolist() == pytest.approx(golden, abs=1e-7)
 
 
 def test_the_gradient_is_the_closed_form_with_constant_weights():
-    """d loss_i / d s_n = gamma a_n Z softmax_n and d loss_i / d s_p = -gamma a_p Z softmax_p, with Z = 1 - exp(-loss_i):
+    """dL_i/ds_n = gamma a_n Z softmax_n and dL_i/ds_p = -gamma a_p Z softmax_p, where Z = 1 - exp(-L_i):
     a gradient through the weights would be nearly twice that for some pairs."""
     m, gamma, (features, labels) = 0.25, 8.0, some_features(n=8, classes=2)
     features.requires_grad_()
@@ -76,7 +77,7 @@ def test_the_gradient_is_the_closed_form_with_constant_weights():
     with torch.no_grad():
         n, length = len(features), features.norm(dim=1, keepdim=True)
         unit = features / length
-        s, D = unit @ unit.T, torch.zeros(n, n, dtype=torch.float64)      # D[i, j] = d loss / d s_ij, anchor i
+        s, D = unit @ unit.T, torch.zeros(n, n, dtype=torch.float64)     # D[i, j] = d loss / d s_ij, anchor i
         for i in range(n):
             p = [j for j in range(n) if j != i and labels[j] == labels[i]]
             q = [j for j in range(n) if labels[j] != labels[i]]
@@ -90,7 +91,7 @@ def test_the_gradient_is_the_closed_form_with_constant_weights():
 
 
 def test_the_gradient_is_not_that_of_the_value():
-    """Finite differences of the value move the weights too. If they agreed, the detach would have been lost."""
+    """Finite differences of the value move the weights too. If they agreed, the detach would be lost."""
     features, labels = some_features(n=6)
     features.requires_grad_()
     assert not torch.autograd.gradcheck(lambda x: circle_loss(x, labels), features, raise_exception=False)
@@ -109,21 +110,22 @@ def test_circle_loss_is_that_of_pytorch_metric_learning(classes):
     assert torch.allclose(ours.grad, theirs.grad, atol=1e-4 * theirs.grad.abs().max().item())
 
 
-# ------------------------------------------------------------------------------------------------------ invariances
+# ------------------------------------------------------------------------------------------------ invariances
 
 def test_order_length_and_names_of_the_classes_do_not_matter():
     features, labels = some_features(classes=3)
-    loss, order = circle_loss(features, labels), torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    loss = circle_loss(features, labels)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
     scale = torch.linspace(0.1, 50, 12, dtype=torch.float64)[:, None]
     for same in (circle_loss(features[order], labels[order]), circle_loss(features * scale, labels),
                  circle_loss(features, torch.tensor([7, -1, 100])[labels])):
         assert torch.allclose(same, loss, rtol=1e-12)
-    assert not torch.allclose(circle_loss(features, labels[order]), loss, rtol=1e-3)       # who is whose does matter
+    assert not torch.allclose(circle_loss(features, labels[order]), loss, rtol=1e-3)    # who is whose matters
 
 
 def test_the_value_can_rise_while_the_classes_part():
-    """Two classes of two equal vectors, their cosine c: log(1 + 2 exp(gamma (c^2 - m^2)) exp(-gamma m^2)) is least at
-    c = 0, but the gradient goes on to push them apart until c = -m."""
+    """Two classes of two equal vectors, their cosine c: log(1 + 2 exp(gamma (c^2 - m^2)) exp(-gamma m^2)) is
+    least at c = 0, but the gradient goes on to push them apart until c = -m."""
     labels = torch.tensor([0, 0, 1, 1])
 
     def loss(c):
@@ -157,14 +159,15 @@ def test_a_step_joins_what_belongs_together_and_parts_what_does_not():
     assert joined > 0.75 > 0.25 > before and parted < 0.25 and parted < between
 
 
-# ------------------------------------------------------------------------------------------------------------ edges
+# ------------------------------------------------------------------------------------------------------ edges
 
 def test_anchors_without_positive_or_without_negative_do_not_count():
     features = some_features(n=5)[0]
-    alone = torch.tensor([0, 0, 0, 0, 1])                # the last has no positive: the mean is over four anchors
-    assert torch.allclose(circle_loss(features, alone, 0.25, 16.0), naive(features, alone, 0.25, 16.0), rtol=1e-12)
+    alone = torch.tensor([0, 0, 0, 0, 1])                # the last has no positive: a mean over four anchors
     single = torch.tensor([0, 0, 1, 2, 3])               # only the first two have positives
-    assert torch.allclose(circle_loss(features, single, 0.25, 16.0), naive(features, single, 0.25, 16.0), rtol=1e-12)
+    for labels in (alone, single):
+        expected = naive(features, labels, 0.25, 32.0)
+        assert torch.allclose(circle_loss(features, labels, 0.25, 32.0), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("labels", [[0, 0, 0, 0], [0, 1, 2, 3], [0, 1], [0]])
@@ -189,7 +192,7 @@ def test_neither_value_nor_gradient_overflows(gamma):
 
 
 def test_solved_pairs_exert_no_pull():
-    """Equal within a class, opposite between: s_n < -m has weight 0, and the pull of s_p = 1 is far below any other."""
+    """Equal within a class, opposite between: s_n < -m has weight 0, and then s_p = 1 pulls at nothing."""
     features = torch.tensor([[1.0, 0], [1, 0], [-1, 0], [-1, 0]], requires_grad=True)
     circle_loss(features, torch.tensor([0, 0, 1, 1])).backward()
     assert features.grad.abs().max() < 1e-6
@@ -197,7 +200,7 @@ def test_solved_pairs_exert_no_pull():
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bf16_features_are_compared_in_fp32(autocast):
-    """In bf16 a cosine has three digits; times gamma that is noise. Equal to the bit is the only way to be sure."""
+    """In bf16 a cosine has three digits; times gamma that is noise. Only equality to the bit is sure."""
     features, labels = some_features(n=16, d=32)
     features = features.bfloat16()
     expected = circle_loss(features.float(), labels)
@@ -207,7 +210,7 @@ def test_bf16_features_are_compared_in_fp32(autocast):
     assert loss.dtype == torch.float32 and torch.equal(loss, expected)
 
 
-# -------------------------------------------------------------------------------------------------------- retention
+# -------------------------------------------------------------------------------------------------- retention
 
 def test_forgetting_is_the_divergence_from_the_base():
     """KL(base || model), not the reverse, and a mean over positions, not over positions and vocabulary."""
@@ -216,7 +219,7 @@ def test_forgetting_is_the_divergence_from_the_base():
                                                  torch.distributions.Categorical(logits=new)).mean()
     assert torch.allclose(forgetting(new, base), expected, rtol=1e-5) and expected > 0.1
     assert not torch.allclose(forgetting(base, new), expected, rtol=1e-2)
-    assert torch.allclose(forgetting(new + 3, base - 5), expected, rtol=1e-4)        # logits have no zero of their own
+    assert torch.allclose(forgetting(new + 3, base - 5), expected, rtol=1e-4)        # logits have no own zero
     assert forgetting(new.bfloat16(), base.bfloat16()).dtype == torch.float32
 
 
@@ -229,9 +232,9 @@ def test_forgetting_is_least_at_the_base():
 
 
 def test_drift_of_a_worked_example():
-    """Moved by (0, 1) and (1, 0), that is 1 + 1; the base lies (0, 0) and (2, 2) from the centre, that is 8."""
+    """Moved by (0, 1) and (1, 0): 1 + 1; the base lies (0, 0) and (2, 2) from the centre: 8."""
     base, centre = torch.tensor([[1.0, 1], [3, 3]]), torch.tensor([1.0, 1])
     hidden = torch.tensor([[1.0, 2], [4, 3]])
     assert drift(hidden, base, centre).item() == 0.25 and drift(base, base, centre).item() == 0
     shifted = drift(10 * hidden + 5, 10 * base + 5, 10 * centre + 5)
-    assert shifted.item() == pytest.approx(0.25)                                     # no unit, no origin of its own
+    assert shifted.item() == pytest.approx(0.25)                             # no unit, no origin of its own

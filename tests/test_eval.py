@@ -1,4 +1,4 @@
-"""What `eval.py` claims: each number is what its name says, held against the slow and obvious way to get it."""
+"""What `eval.py` claims: each number is what its name says, held against the slow, obvious way to get it."""
 import json
 import subprocess
 import sys
@@ -17,8 +17,7 @@ from eval import (auc, compliance_at_defense, is_refusal, kernel_norms, kernel_s
                   refusal_probability, respond, values)
 from model import GPT, GPTConfig
 
-# --------------------------------------------------------------------------------------------------- refusals, rates
-
+# -------------------------------------------------------------------------------------------- refusals, rates
 
 @pytest.mark.parametrize("response, refused", [
     ("Sorry, I cannot help with that.", True), ("I\u2019m sorry, but no.", True), ("i CAN'T do that", True),
@@ -41,11 +40,11 @@ def test_auc_counts_pairs():
 
 
 def test_compliance_at_defense_of_a_worked_example():
-    """Of 20 toxic prompts 0.95 are 19, so the threshold is the second lowest, 0.2; a benign prompt at it is refused."""
+    """0.95 of 20 toxic prompts are 19: the threshold is the second lowest. At it is refused."""
     toxic = torch.tensor([0.1] + [0.2] + [0.9] * 18)
     assert compliance_at_defense(toxic, torch.tensor([0.05, 0.15, 0.2, 0.3])) == 0.5
-    assert compliance_at_defense(toxic[1:], torch.tensor([0.05, 0.15, 0.2, 0.3])) == 0.5         # 19: all of them
-    assert compliance_at_defense(torch.full((20,), 0.5), torch.tensor([0.5, 0.4])) == 0.5        # ties
+    assert compliance_at_defense(toxic[1:], torch.tensor([0.05, 0.15, 0.2, 0.3])) == 0.5    # of 19, all
+    assert compliance_at_defense(torch.full((20,), 0.5), torch.tensor([0.5, 0.4])) == 0.5   # ties
     assert compliance_at_defense(toxic, torch.tensor([0.05, 0.15, 0.2, 0.3]), defense=0.9) == 1
 
 
@@ -60,21 +59,22 @@ def test_compliance_at_defense_is_that_of_the_best_threshold(n):
 
 
 def test_pooled_draws_evenly_from_all_suites():
-    suites = {"a": {"toxic": [Example("a1", None), Example("a2", None)]}, "b": {"benign": [Example("x", None)]},
+    suites = {"a": {"toxic": [Example("a1", None), Example("a2", None)]},
+              "b": {"benign": [Example("x", None)]},
               "c": {"toxic": [Example("c1", None), Example("c2", None)]}}
     assert evaluation.pooled(suites, "toxic", 3) == ["a1", "c1", "a2"]
 
 
-# ------------------------------------------------------------------------------------------ probability of a refusal
+# ----------------------------------------------------------------------------------- probability of a refusal
 
 @pytest.fixture
 def talker():
-    """A tiny random model, with a bias that makes the tokens of refusals likely: else all their mass is nothing."""
+    """A tiny random model, with a bias that makes the tokens of refusals likely, else they have no mass."""
     encoding = train_bpe(3 * [" ".join(evaluation.OPENINGS), *evaluation.OPENINGS], 400)
     user, assistant, end = (encoding.encode_single_token(t) for t in ("<|user|>", "<|assistant|>", "<|end|>"))
     chat = Chat(encoding, (user, "{user}", assistant), stop=end, pad=end, size=encoding.n_vocab)
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=chat.size, width=16, blocks=2, heads=4, kv_heads=2, head_width=4, hidden=24))
+    model = GPT(GPTConfig(vocab_size=chat.size, width=16, blocks=2, kv_heads=2, head_width=4, hidden=24))
     for p in model.parameters():
         p.data += 0.1 * torch.randn_like(p)
     model.lm_head = nn.Linear(16, chat.size)
@@ -94,18 +94,18 @@ def sequence_probability(model, chat, prompt, opening):
 
 
 def test_refusal_probability_is_the_mass_of_all_openings(talker):
-    """Prompts of different lengths in one batch: a slot mistaken in the cache, or an order not restored, shows."""
+    """Prompts of many lengths in a batch: a slot mistaken in the cache or an order not restored show."""
     model, chat = talker
-    expected = [sum(sequence_probability(model, chat, prompt, o) for o in evaluation.OPENINGS) for prompt in PROMPTS]
-    longest = max(evaluation.OPENINGS, key=lambda o: len(chat.ids(o)))
-    assert max(sequence_probability(model, chat, p, longest) for p in PROMPTS) > 1e-6, "the test should see long ones"
+    masses = [[sequence_probability(model, chat, p, o) for o in evaluation.OPENINGS] for p in PROMPTS]
+    expected = [sum(row) for row in masses]
+    assert min(max(column) for column in zip(*masses)) > 1e-6, "the test should see every opening"
     found = refusal_probability(model, chat, PROMPTS)
     assert found.tolist() == pytest.approx(expected, abs=1e-5) and max(expected) - min(expected) > 0.01
     assert refusal_probability(model, chat, PROMPTS[::-1]).tolist() == pytest.approx(expected[::-1], abs=1e-5)
 
 
 def test_no_response_is_counted_twice(talker, monkeypatch):
-    """"I cannot" begins with "I": its mass is inside that of "I" already. Once around, all tokens sum to one."""
+    """"I cannot" begins with "I": its mass is inside that of "I". All first bytes together make 1 at most."""
     model, chat = talker
     monkeypatch.setattr(evaluation, "OPENINGS", ("I",))
     alone = refusal_probability(model, chat, PROMPTS)
@@ -135,7 +135,7 @@ def test_general_loss_is_a_mean_over_response_tokens(model, run, parts, chat):
     assert evaluation.general_loss(model, run, examples) == pytest.approx(total / count, rel=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------ states and kernels
+# ----------------------------------------------------------------------------------------- states and kernels
 
 IDS = [[5, 9, 5, 2], [7], [1, 2, 3, 4, 5, 6, 7, 8], [5, 9]]
 
@@ -148,7 +148,7 @@ def test_last_states_are_those_at_the_last_token_of_each_prompt(model, l):
 
 
 def brute_force(model, names, prompts, logits=None):
-    """J = dz/dtheta in full, z the (likeliest) logits of the first response token; ||J' J^T||_F for each pair."""
+    """J = dz/dtheta in full, z the (likeliest) logits of the first response token; ||J' J^T||_F by pair."""
     parameters, jacobians = [p for name, p in model.named_parameters() if name in names], []
     for ids in prompts:
         z = model(torch.tensor([ids]))[0, -1].sort(descending=True).values[:logits]
@@ -159,7 +159,8 @@ def brute_force(model, names, prompts, logits=None):
 
 def small(seed=0, **changes):
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(**dict(vocab_size=20, width=8, blocks=2, heads=2, kv_heads=1, head_width=4, hidden=12) | changes))
+    sizes = dict(vocab_size=20, width=8, blocks=2, heads=2, kv_heads=1, head_width=4, hidden=12)
+    model = GPT(GPTConfig(**sizes | changes))
     for p in model.parameters():
         p.data += torch.randn_like(p) * 0.3
     return model
@@ -167,8 +168,8 @@ def small(seed=0, **changes):
 
 @pytest.mark.parametrize("changes", [{}, dict(qkv_bias=True), dict(kv_heads=2, blocks=1)])
 def test_the_exact_kernel_is_that_of_all_parameters(changes):
-    """Every kind of parameter has its own formula: embeddings of a token seen twice, norms, biases, shared heads.
-    One of them left out is an error of per cents; padding that leaks in, likewise."""
+    """Every kind of parameter has its own formula: embeddings of a token seen twice, norms, biases, shared
+    heads. One of them left out is an error of per cents; padding that leaks in, likewise."""
     model = small(**changes)
     expected = brute_force(model, dict(model.named_parameters()), IDS)
     assert torch.allclose(kernel_norms(model, IDS), expected, rtol=1e-5)
@@ -180,7 +181,7 @@ def test_the_exact_kernel_is_that_of_all_parameters(changes):
 @pytest.mark.parametrize("changes", [dict(tied=True), dict(width=136)])
 def test_tied_or_wide_the_kernel_is_that_of_ten_logits_and_the_last_four_blocks(changes):
     model = small(blocks=5, **changes)
-    names = [name for name, _ in model.named_parameters() if name.startswith("layers.") and "layers.0" not in name]
+    names = [name for name, _ in model.named_parameters() if name.startswith("layers.") and name[7] != "0"]
     expected = brute_force(model, names, IDS, logits=10)
     assert torch.allclose(kernel_norms(model, IDS), expected, rtol=1e-5)
     assert not torch.allclose(brute_force(model, names, IDS, logits=9), expected, rtol=1e-3)
@@ -204,25 +205,27 @@ def test_kernel_similarity_leaves_out_pairs_of_a_prompt_with_itself(model, parts
     K = kernel_norms(model, ids)
     own = K.diagonal()
     assert table["toxic", "toxic"][0] == pytest.approx((K[0, 1] / (own[0] * own[1]).sqrt()).item(), rel=1e-4)
-    assert table["toxic", "toxic"][1] == pytest.approx((K[0, 1] * (1 / own[0] + 1 / own[1]) / 2).item(), rel=1e-4)
+    both_ways = K[0, 1] * (1 / own[0] + 1 / own[1]) / 2
+    assert table["toxic", "toxic"][1] == pytest.approx(both_ways.item(), rel=1e-4)
     one_sided = [K[i, j] / own[i] for i in (0, 1) for j in (2, 3)]         # divided by the norm of the first
     assert table["toxic", "seemingly"][1] == pytest.approx(sum(one_sided).item() / 4, rel=1e-4)
     assert table["toxic", "seemingly"][0] == pytest.approx(table["seemingly", "toxic"][0])
     assert len(table) == 9
 
 
-# ------------------------------------------------------------------------------------------------ tables and figures
+# ----------------------------------------------------------------------------------------- tables and figures
 
 def made_up(seeds=(0,)):
     """Results of the documented form, with a value that tells where it came from."""
     rows, curves, maps, examples = [], [], [], []
     for seed in seeds:
-        for m, method in enumerate(("base", "STL", "STL-aug", "refined", "DCR", "refined-shuffled", "DCR-shuffled")):
+        for m, method in enumerate(evaluation.STAGES):
             def row(suite, kind, metric, value):
-                rows.append(dict(method=method, seed=seed, suite=suite, kind=kind, metric=metric, value=value, n=4))
+                rows.append(dict(method=method, seed=seed, suite=suite, kind=kind, metric=metric,
+                                 value=value, n=4))
             row("stage", "general", "seconds", 10.0 * (m + 1))
             for suite in ("one", "two"):
-                row(suite, "benign", "compliance_rate", 0.1 * m + 0.02 * seed + (0.04 if suite == "one" else 0))
+                row(suite, "benign", "compliance_rate", 0.1 * m + 0.02 * seed + 0.04 * (suite == "one"))
                 row(suite, "toxic", "defense_rate", 0.9 - 0.1 * m)
                 row(suite, "benign", "auc", 0.5)
             row("all", "benign", "auc", 0.75)
@@ -287,21 +290,20 @@ def test_report_writes_the_tables_and_every_figure(seeds, tmp_path, capsys):
     (tmp_path / "results.json").write_text(json.dumps(made_up(seeds)))
     evaluation.report(tmp_path)
     said = capsys.readouterr().out
-    written = {path.name for path in tmp_path.iterdir()}
-    assert written == {"results.json", "results.md", "compliance.png", "tuning.png", "kernel.png", "states.png"}
+    figures = {"compliance.png", "tuning.png", "kernel.png", "states.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "results.md"} | figures
     assert (tmp_path / "results.md").read_text() in said and str(tmp_path / "tuning.png") in said
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.glob("*.png"))
     assert not evaluation.plt.get_fignums()                                         # none is left open
 
 
-@pytest.mark.xfail(raises=IndexError, strict=True, reason="figure_tuning takes the steps of a curve that is not there")
+@pytest.mark.xfail(raises=IndexError, strict=True, reason="figure_tuning takes the first of no curves")
 @pytest.mark.parametrize("stages", [1, 2, 4])
 def test_report_of_an_unfinished_run_shows_what_there_is(stages, tmp_path):
     """eval.py is how one looks at a run that was stopped."""
     results = made_up()
-    done = list(dict.fromkeys(row["method"] for row in results["rows"]))[:stages]
     for part in ("rows", "curves", "maps", "examples"):
-        results[part] = [entry for entry in results[part] if entry["method"] in done]
+        results[part] = [entry for entry in results[part] if entry["method"] in evaluation.STAGES[:stages]]
     results["curves"] = [entry for entry in results["curves"] if entry["method"] != "base"]
     (tmp_path / "results.json").write_text(json.dumps(results))
     evaluation.report(tmp_path)
@@ -316,7 +318,7 @@ def test_damaged_results_are_one_line_with_the_file(tmp_path):
 
 
 def test_missing_results_are_one_line_with_the_remedy(tmp_path):
-    done = subprocess.run([sys.executable, "eval.py", "--out", str(tmp_path / "none")], cwd=ROOT, capture_output=True,
-                          text=True)
+    done = subprocess.run([sys.executable, "eval.py", "--out", str(tmp_path / "none")], cwd=ROOT,
+                          capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
     assert f"python train.py --out {tmp_path / 'none'}" in done.stderr

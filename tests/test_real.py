@@ -485,7 +485,7 @@ def test_unknown_files_are_guessed_aloud(tmp_path, capsys):
 
 
 def test_a_checkpoint_and_a_folder_go_through_every_stage(tmp_path):
-    """The whole command on a model and files that are not ours: no known answers, no pretraining, odd sizes."""
+    """The whole command on a model and files that are not ours: no answers, no pretraining, odd sizes."""
     folder = checkpoint(tmp_path / "model", "smollm2")
     torch.manual_seed(0)
     size = load_tokenizer(folder).size + 5               # real models have more rows than tokens
@@ -493,8 +493,8 @@ def test_a_checkpoint_and_a_folder_go_through_every_stage(tmp_path):
     base.save_pretrained(folder)
     fill(tmp_path / "data")
     train.main(["--init", str(folder), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"),
-                "--layer=1", "--refine-steps=3", "--refine-batch=4", "--tune-steps=3", "--tune-batch=4", "--lora=2",
-                "--suite=5", "--max-new=4", "--longest=100", "--device=cpu", "--dtype=bfloat16"])
+                "--layer=1", "--refine-steps=3", "--refine-batch=4", "--tune-steps=3", "--tune-batch=4",
+                "--lora=2", "--suite=5", "--max-new=4", "--longest=100", "--device=cpu", "--dtype=bfloat16"])
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["settings"]["tune_lr"] == train.REAL["tune_lr"] and results["settings"]["layer"] == 1
     found = {(row["suite"], row["metric"]) for row in results["rows"] if row["method"] == "DCR"}
@@ -503,7 +503,8 @@ def test_a_checkpoint_and_a_folder_go_through_every_stage(tmp_path):
             ("toxic/seemingly", "kernel_similarity")} <= found
     assert not {"right_answer_rate", "accuracy", "detector_recall"} & {metric for _, metric in found}
     assert all(row["n"] <= 5 for row in results["rows"] if row["metric"] == "defense_rate")
-    saved = {name: GPT.from_pretrained(tmp_path / "out" / "seed-0" / name) for name in ("base", "refined", "DCR")}
+    saved = {name: GPT.from_pretrained(tmp_path / "out" / "seed-0" / name)
+             for name in ("base", "refined", "DCR")}
     assert all(torch.equal(p, q) for p, q in zip(base.parameters(), saved["base"].parameters(), strict=True))
     assert torch.equal(saved["refined"].layers[1].mlp.up_proj.weight, base.layers[1].mlp.up_proj.weight)
     assert not torch.equal(saved["DCR"].layers[1].mlp.up_proj.weight, base.layers[1].mlp.up_proj.weight)
@@ -513,9 +514,10 @@ def test_a_checkpoint_and_a_folder_go_through_every_stage(tmp_path):
 @pytest.mark.xfail(strict=True, reason="the base is evaluated before the lengths are checked")
 def test_a_prompt_too_long_for_the_checkpoint_is_named_before_any_training(tmp_path):
     folder = checkpoint(tmp_path / "model", "smollm2")
-    GPT(GPTConfig(vocab_size=300, width=16, blocks=2, kv_heads=2, head_width=4, hidden=24)).save_pretrained(folder)
+    base = GPT(GPTConfig(vocab_size=300, width=16, blocks=2, kv_heads=2, head_width=4, hidden=24))
+    base.save_pretrained(folder)
     fill(tmp_path / "data", FILES | {"mine.benign.txt": "\n" + " ".join(prompts("long", 9))})
-    with pytest.raises(ValueError, match=r"mine\.benign\.txt: row 2: \d+ tokens and .* context of 128; shorten"):
+    with pytest.raises(ValueError, match=r"mine\.benign\.txt: row 2: \d+ tokens and .* of 128; shorten"):
         train.main(["--init", str(folder), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"),
                     "--layer=1", "--device=cpu", "--max-new=4"])
     assert not (tmp_path / "out" / "seed-0" / "STL.state").exists()

@@ -1,5 +1,5 @@
-"""What `train.py` claims: stages change what they say and nothing else, comparisons are paired, an interrupted run ends
-as an uninterrupted one, and one command does it all. At the end: bad input, and the README's commands."""
+"""What `train.py` claims: stages change what they say and nothing else, comparisons are paired, a killed run
+ends like any other, and one command does it all. At the end: bad input, the README's commands."""
 import dataclasses
 import functools
 import itertools
@@ -27,7 +27,7 @@ def with_settings(run, **changes):
     return dataclasses.replace(run, s=dataclasses.replace(run.s, **changes))
 
 
-# ------------------------------------------------------------------------------------------------ losses and LoRA
+# -------------------------------------------------------------------------------------------- losses and LoRA
 
 def test_sft_loss_is_the_mean_over_response_tokens(model, run, parts):
     """One sequence at a time, one token at a time; the prompt teaches nothing."""
@@ -54,7 +54,7 @@ def test_a_prompt_that_leaves_no_room_for_a_response_is_named(part, run, parts):
     long = [Example("why " * 300, "So.", source="my.csv: row 3")]
     value = {"new": {"benign": long}} if part == "suites" else getattr(parts, part) + long
     run = dataclasses.replace(run, parts=dataclasses.replace(parts, **{part: value}))
-    with pytest.raises(ValueError, match=r"^my.csv: row 3: \d+ tokens and a response of 6 exceed the .* of 128; .*$"):
+    with pytest.raises(ValueError, match=r"^my.csv: row 3: \d+ tokens and a response of 6 exceed .* of 128"):
         run.check_lengths(128)
 
 
@@ -62,7 +62,7 @@ def test_lora_starts_at_the_base_to_the_bit_and_trains_nothing_else(model):
     before = model(TOKENS)
     parameters = add_lora(model, 2, seed=0)
     assert torch.equal(model(TOKENS), before)
-    assert len(parameters) == 2 * 7 * model.config.blocks              # A and B of each of a block's 7 linear maps
+    assert len(parameters) == 2 * 7 * model.config.blocks        # A and B of each of a block's 7 linear maps
     model(TOKENS).square().sum().backward()
     trained = {name for name, p in model.named_parameters() if p.grad is not None}
     assert trained == {name for name, p in model.named_parameters() if name.endswith((".A", ".B"))}
@@ -81,29 +81,29 @@ def test_merged_lora_is_the_tuned_model_as_an_ordinary_one(model):
     for name, p in model.named_parameters():
         change = (p - original[name]).detach()
         linear = name.startswith("layers.") and p.dim() == 2
-        assert p.requires_grad and (torch.linalg.matrix_rank(change, rtol=1e-3) == 2 if linear else not change.any())
+        rank = torch.linalg.matrix_rank(change, rtol=1e-3) if linear else change.any()
+        assert p.requires_grad and rank == (2 if linear else 0), name
 
 
-# ------------------------------------------------------------------------------------------------------- the stages
+# ------------------------------------------------------------------------------------------------- the stages
 
 def rows_seen(monkeypatch):
     """A list to which each batch of sequences is appended as it is collated for a loss."""
     seen, collate = [], train.collate
-    monkeypatch.setattr(train, "collate", lambda sequences, device: seen.append(sequences) or collate(sequences, device))
+    monkeypatch.setattr(train, "collate", lambda rows, device: seen.append(rows) or collate(rows, device))
     return seen
 
 
 def test_every_method_is_tuned_on_the_same_rows(model, run, monkeypatch):
-    """Pairing: DCR starts elsewhere, STL-aug sees more, but step by step the tuning rows are the same ones."""
-    seen = {}
-    other = GPT(model.config)
-    for name, base, extra in (("STL", model, ()), ("DCR", other, ()), ("STL-aug", model, augment(model, run))):
+    """Pairing: DCR starts elsewhere, STL-aug sees more, but step by step the tuning rows are the same."""
+    seen, other, more = {}, GPT(model.config), augment(model, run)
+    for name, base, extra in (("STL", model, ()), ("DCR", other, ()), ("STL-aug", model, more)):
         with monkeypatch.context() as patch:
             seen[name] = rows_seen(patch)
             tune(name, base, run, extra)
     assert len(seen["STL"]) == TINY["tune_steps"] and seen["STL"] == seen["DCR"]
     assert [batch[:TINY["tune_batch"]] for batch in seen["STL-aug"]] == seen["STL"]
-    assert len({str(batch) for batch in seen["STL"]}) == TINY["tune_steps"]           # and not always the same
+    assert len({str(batch) for batch in seen["STL"]}) == TINY["tune_steps"]          # and not always the same
     # STL-aug reads as many rows more as refinement reads: prompts and general texts
     read = 2 * TINY["refine_batch"] * TINY["refine_steps"]
     assert sum(len(batch) for batch in seen["STL-aug"]) == TINY["tune_batch"] * TINY["tune_steps"] + read
@@ -120,7 +120,7 @@ def test_refusals_are_the_share_that_was_asked_for(model, run, parts, chat, monk
     seen, refused = rows_seen(monkeypatch), {tuple(chat.prompt(e.prompt)) for e in parts.safe}
     tune("STL", model, with_settings(run, refusals=0.25, tune_steps=50))
     share = [tuple(ids[:first]) in refused for batch in seen for ids, first in batch]
-    assert 0.2 < sum(share) / len(share) < 0.3                                        # 400 rows: within 2.3 sigma
+    assert 0.2 < sum(share) / len(share) < 0.3                          # 400 rows: within 2.3 sigma
 
 
 def test_augmentation_answers_the_benign_and_refuses_the_toxic(model, run, parts):
@@ -130,7 +130,8 @@ def test_augmentation_answers_the_benign_and_refuses_the_toxic(model, run, parts
     assert [e.prompt for e in toxic] == [e.prompt for e in parts.toxic]
     assert {e.answer for e in toxic} <= {e.answer for e in parts.safe}
     unanswered = [dataclasses.replace(e, answer=None) for e in parts.seemingly]       # as in real files
-    benign, _ = augment(model, dataclasses.replace(run, parts=dataclasses.replace(parts, seemingly=unanswered)))
+    run = dataclasses.replace(run, parts=dataclasses.replace(parts, seemingly=unanswered))
+    benign, _ = augment(model, run)
     own = train.evaluation.respond(model, run.chat, [e.prompt for e in unanswered], 2 * TINY["max_new"])
     assert [e.answer for e in benign] == own and any(own)
 
@@ -138,13 +139,13 @@ def test_augmentation_answers_the_benign_and_refuses_the_toxic(model, run, parts
 @pytest.mark.parametrize("shuffled", [False, True])
 @pytest.mark.parametrize("keep", [10.0, 0.0])
 def test_refinement_moves_the_lower_blocks_and_nothing_else(model, run, shuffled, keep):
-    """Frozen means unchanged to the bit: the theory needs tau_l = 0, and weight decay alone would break it."""
+    """Frozen means unchanged to the bit: the theory needs tau_l = 0, and weight decay would break it."""
     original = {name: p.clone() for name, p in model.named_parameters()}
     refined, _ = refine("refined", model, with_settings(run, keep=keep), shuffled)
     for name, p in refined.named_parameters():
         assert torch.equal(p, original[name]) == (not name.startswith("layers.0.")), name
         assert p.requires_grad
-    assert all(torch.equal(p, original[name]) for name, p in model.named_parameters())      # the base is left alone
+    assert all(torch.equal(p, original[name]) for name, p in model.named_parameters()), "the base"
 
 
 def classes_of_refinement(model, run, shuffled, monkeypatch):
@@ -159,7 +160,7 @@ def classes_of_refinement(model, run, shuffled, monkeypatch):
     def watch_labels(states, labels, *knobs):
         for ids, label in zip(batches[-1], labels.tolist(), strict=True):
             by_label[label].add(ids)
-        assert labels.tolist().count(0) == labels.tolist().count(1)                   # balanced in every batch
+        assert labels.tolist().count(0) == labels.tolist().count(1)     # balanced in every batch
         return circle_loss(states, labels, *knobs)
     with monkeypatch.context() as patch:
         patch.setattr(train.evaluation, "last_states", watch_prompts)
@@ -169,7 +170,8 @@ def classes_of_refinement(model, run, shuffled, monkeypatch):
 
 
 def test_shuffled_labels_keep_the_prompts_and_the_sizes_and_lose_the_truth(model, run, parts, monkeypatch):
-    benign, toxic = ({tuple(run.chat.prompt(e.prompt)) for e in part} for part in (parts.seemingly, parts.toxic))
+    benign, toxic = ({tuple(run.chat.prompt(e.prompt)) for e in part}
+                     for part in (parts.seemingly, parts.toxic))
     true = classes_of_refinement(model, run, False, monkeypatch)
     assert true == {0: benign, 1: toxic}
     control = classes_of_refinement(model, run, True, monkeypatch)
@@ -186,14 +188,14 @@ def test_refinement_parts_the_classes(model, run, parts):
         centre = torch.cat(states).mean(0) if centre is None else centre
         benign, toxic = (F.normalize(h - centre, dim=1) for h in states)
         return ((benign @ benign.T).mean() + (toxic @ toxic.T).mean()) / 2 - (benign @ toxic.T).mean(), centre
-    refined, _ = refine("refined", model, with_settings(run, refine_steps=80, refine_lr=1e-2, keep=0.0, still=0.0),
-                        shuffled=False)
+    run = with_settings(run, refine_steps=80, refine_lr=1e-2, keep=0.0, still=0.0)
+    refined, _ = refine("refined", model, run, shuffled=False)
     before, centre = gap(model, None)
     after, _ = gap(refined, centre)
     assert before < 0.05 and after > 0.2
 
 
-# ------------------------------------------------------------------------------------------------- kill and resume
+# -------------------------------------------------------------------------------------------- kill and resume
 
 STAGES = {
     "pretraining": lambda base, run: pretrain(run),
@@ -203,47 +205,39 @@ STAGES = {
 }
 
 
-class Clock:
-    """Each look at it is 11 seconds later, so that a state is due whenever one could be."""
-    def __init__(self):
-        self.ticks = itertools.count(0.0, 11.0)
-
-    def time(self):
-        return next(self.ticks)
-
-
 class Killed(BaseException):
     pass
 
 
-def kill_at(step, monkeypatch):
-    """Dies in the backward pass of the given step, counted from 0, of whatever is trained next."""
-    clip, count = train.nn.utils.clip_grad_norm_, itertools.count()
+def each_step_takes_11_seconds(monkeypatch, kill_at=None):
+    """So that a state is due after each. Dies in the given step, counted from 0 over all that is trained."""
+    clip, count, now = train.nn.utils.clip_grad_norm_, itertools.count(), [0.0]
 
-    def clip_or_die(*args):
-        if next(count) == step:
+    def tick(*args):
+        now[0] += 11
+        if next(count) == kill_at:
             raise Killed
         return clip(*args)
-    monkeypatch.setattr(train.nn.utils, "clip_grad_norm_", clip_or_die)
+    monkeypatch.setattr(train.nn.utils, "clip_grad_norm_", tick)
+    monkeypatch.setattr(train, "time", SimpleNamespace(time=lambda: now[0]))
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_resumed_equals_uninterrupted_to_the_bit(stage, model, run, monkeypatch):
-    """Lost optimizer moments, a schedule begun anew, batches repeated or skipped: each would move the last bits."""
+    """Lost optimizer moments, a schedule begun anew, batches repeated or skipped: each changes bits."""
     run = with_settings(run, pretrain_steps=24, tune_steps=24, refine_steps=24)
-    monkeypatch.setattr(train, "time", Clock())
     whole, whole_log = STAGES[stage](model, run)
-    states = list(run.folder.glob("*.state"))
-    assert len(states) == 1
-    states[0].unlink()
+    for state in run.folder.glob("*.state"):                    # of a machine so slow that one was due
+        state.unlink()
     with monkeypatch.context() as patch:
-        kill_at(17, patch)
+        each_step_takes_11_seconds(patch, kill_at=17)
         with pytest.raises(Killed):
             STAGES[stage](model, run)
-    assert torch.load(states[0], weights_only=True)["step"] == 11 and not list(run.folder.glob("*.part"))
+    state, = run.folder.iterdir()
+    done = torch.load(state, weights_only=True)["step"]
     taken = rows_seen(monkeypatch)
     resumed, log = STAGES[stage](model, run)
-    assert len(taken) == 13                                               # steps 11 to 23: it did go on from there
+    assert 5 < done < 18 and len(taken) == 24 - done            # it did go on from there
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
     assert log["curve"] == whole_log["curve"]
 
@@ -253,49 +247,60 @@ def small_parts(seed):
     return cut(World(seed).parts())
 
 
-@pytest.fixture
-def small_world(monkeypatch):
-    """The command with the miniature world cut down."""
-    monkeypatch.setattr(train, "World", lambda seed: SimpleNamespace(parts=lambda: small_parts(seed)))
-    return [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()] + ["--device=cpu"]
+@pytest.fixture(scope="module")
+def small_world():
+    """The command with the miniature world cut down: its flags, less --out."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "World", lambda seed: SimpleNamespace(parts=lambda: small_parts(seed)))
+        yield [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()] + ["--device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def finished(small_world, tmp_path_factory):
+    """The folder that the command leaves, after two seeds."""
+    out = tmp_path_factory.mktemp("finished")
+    train.main([*small_world, "--out", str(out), "--seeds=2"])
+    return out
 
 
 def trained_stages(monkeypatch):
     labels, loop = [], train.train
-    monkeypatch.setattr(train, "train", lambda label, *rest, **more: labels.append(label) or loop(label, *rest, **more))
+    monkeypatch.setattr(train, "train", lambda label, *rest: labels.append(label) or loop(label, *rest))
     return labels
 
 
 def measured(out):
-    """The results less what the clock says."""
+    """The results of seed 0, less what the clock says."""
     results = json.loads((out / "results.json").read_text())
-    return [row for row in results["rows"] if row["metric"] != "seconds"], results["curves"], results["maps"]
+    return [[entry for entry in results[part] if entry["seed"] == 0 and entry.get("metric") != "seconds"]
+            for part in ("rows", "curves", "maps", "examples")]
 
 
 def weights(out):
     return {path.parent.name: path.read_bytes() for path in out.glob("seed-0/*/model.safetensors")}
 
 
-def test_the_same_command_goes_on_where_it_was_killed(small_world, tmp_path, monkeypatch, capsys):
-    """Killed in the fifth of seven stages: the four finished ones are kept, the rest ends as if nothing had been."""
-    train.main([*small_world, "--out", str(tmp_path / "whole")])
+def test_the_same_command_goes_on_where_it_was_killed(small_world, finished, tmp_path, monkeypatch):
+    """Killed in the fifth of seven stages: four finished ones are kept, the rest ends as if undisturbed."""
+    command = [*small_world, "--out", str(tmp_path)]
     with monkeypatch.context() as patch:
-        kill_at(6 * 4 + 3, patch)
+        each_step_takes_11_seconds(patch, kill_at=6 * 4 + 3)
         with pytest.raises(Killed):
-            train.main([*small_world, "--out", str(tmp_path / "killed")])
+            train.main(command)
     labels = trained_stages(monkeypatch)
-    train.main([*small_world, "--out", str(tmp_path / "killed")])
+    train.main(command)
     assert labels == ["DCR", "refined-shuffled", "DCR-shuffled"]
-    assert weights(tmp_path / "killed") == weights(tmp_path / "whole") and len(weights(tmp_path / "whole")) == 7
-    assert measured(tmp_path / "killed") == measured(tmp_path / "whole")
+    assert weights(tmp_path) == weights(finished) != {} and measured(tmp_path) == measured(finished)
     labels.clear()
-    train.main([*small_world, "--out", str(tmp_path / "killed")])
-    assert labels == []                                                   # all done: only the report again
+    train.measure_again(tmp_path)                               # only evaluates, with the same result
+    assert labels == [] and measured(tmp_path) == measured(finished)
+    assert (tmp_path / "results.old.json").exists()
 
 
 def test_another_setting_is_refused_by_name(small_world, tmp_path):
     """Else one table would mix two experiments."""
-    (tmp_path / "results.json").write_text(json.dumps({"settings": dataclasses.asdict(Settings()), "rows": []}))
+    before = {"settings": dataclasses.asdict(Settings()), "rows": []}
+    (tmp_path / "results.json").write_text(json.dumps(before))
     with pytest.raises(ValueError) as error:
         train.main(["--out", str(tmp_path), "--gamma", "9"])
     assert "gamma was 32.0, is 9.0" in str(error.value) and "another --out" in str(error.value)
@@ -306,26 +311,27 @@ def test_a_loss_that_is_not_a_number_is_one_line_and_earlier_stages_are_kept(sma
     with pytest.raises(RuntimeError) as error:
         train.main([*small_world, "--out", str(tmp_path), "--tune-lr=1e30"])
     said = str(error.value)
-    assert re.match(r"STL: the loss is (nan|inf) at step \d; lower the learning rate \(now 1e\+30\)", said)
+    assert re.match(r"STL: the loss is (nan|inf) at step \d; lower .* rate \(now 1e\+30\)", said)
     assert "\n" not in said
     assert [folder.name for folder in (tmp_path / "seed-0").iterdir()] == ["base"]
     assert {row["method"] for row in json.loads((tmp_path / "results.json").read_text())["rows"]} == {"base"}
 
 
-# ------------------------------------------------------------------------------------------------------ end to end
+# ------------------------------------------------------------------------------------------------- end to end
 
 METRICS = {
-    "benign": {"compliance_rate", "refusal_probability", "auc", "compliance_at_95_defense", "right_answer_rate"},
+    "benign": {"compliance_rate", "right_answer_rate", "refusal_probability", "auc",
+               "compliance_at_95_defense"},
     "toxic": {"defense_rate", "refusal_probability"},
 }
 STAGE_NAMES = ["base", "STL", "STL-aug", "refined", "DCR", "refined-shuffled", "DCR-shuffled"]
 
 
-def test_one_command_from_nothing_to_tables_and_figures(small_world, tmp_path, capsys):
-    train.main([*small_world, "--out", str(tmp_path), "--seeds=2"])
-    results = json.loads((tmp_path / "results.json").read_text())
+def test_one_command_goes_from_nothing_to_tables_and_figures(finished):
+    results = json.loads((finished / "results.json").read_text())
     assert results["settings"]["gamma"] == 32.0 and results["environment"]["torch"] == torch.__version__
-    assert all(set(row) == {"method", "seed", "suite", "kind", "metric", "value", "n"} for row in results["rows"])
+    columns = {"method", "seed", "suite", "kind", "metric", "value", "n"}
+    assert all(set(row) == columns for row in results["rows"])
     for seed in (0, 1):
         rows = [row for row in results["rows"] if row["seed"] == seed]
         assert list(dict.fromkeys(row["method"] for row in rows)) == STAGE_NAMES
@@ -335,26 +341,28 @@ def test_one_command_from_nothing_to_tables_and_figures(small_world, tmp_path, c
                 assert {metric for s, kind, metric in found if (s, kind) == (suite, half)} == METRICS[half]
         assert {("general", "general", "accuracy"), ("general", "general", "loss"), ("all", "benign", "auc"),
                 ("toxic/seemingly", "general", "kernel_similarity")} <= found
-    rates = [row["value"] for row in results["rows"] if row["metric"] not in ("seconds", "loss")]
-    assert all(0 <= value <= 1.01 for value in rates[:-1]) or max(rates) < 2
+    unbounded = ("seconds", "loss", "kernel_similarity_one_sided")
+    assert all(0 <= row["value"] <= 1 + 1e-6 for row in results["rows"] if row["metric"] not in unbounded)
+    assert {entry["method"] for entry in results["maps"]} == set(STAGE_NAMES)
     assert {entry["method"] for entry in results["curves"]} == {"STL", "STL-aug", "DCR", "DCR-shuffled"}
     curve = results["curves"][0]["curve"]
-    assert curve[0]["step"] == 0 and curve[-1]["step"] == 6 and set(curve[0]) == {"step", "toxic", "seemingly", "general"}
+    assert curve[0]["step"] == 0 and curve[-1]["step"] == 6
+    assert set(curve[0]) == {"step", "toxic", "seemingly", "general"}
 
-    written = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    assert set(written) == {"results.json", "results.md", "compliance.png", "tuning.png", "kernel.png", "states.png"}
+
+def test_tables_and_figures_can_be_rebuilt_from_the_results(finished):
+    """To the byte, by another process: nothing in them comes from anywhere else."""
+    written = {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()}
+    figures = {"compliance.png", "tuning.png", "kernel.png", "states.png"}
+    assert set(written) == {"results.json", "results.md"} | figures
     for name in written.keys() - {"results.json"}:
-        (tmp_path / name).unlink()
-    subprocess.run([sys.executable, "eval.py", "--out", str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
-    assert written == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-
-    capsys.readouterr()                                                   # measuring anew changes nothing either
-    before = measured(tmp_path)
-    train.measure_again(tmp_path)
-    assert measured(tmp_path) == before and (tmp_path / "results.old.json").exists()
+        (finished / name).unlink()
+    done = subprocess.run([sys.executable, "eval.py", "--out", str(finished)], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0
+    assert written == {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()}
 
 
-# ----------------------------------------------------------------------------------------------------- the command
+# ------------------------------------------------------------------------------------------------ the command
 
 def test_help_explains_every_setting(capsys):
     """Help is read from the comments: a field without one, or a reordered line, would lose its text."""
@@ -363,12 +371,13 @@ def test_help_explains_every_setting(capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert end.value.code == 0
     for field in dataclasses.fields(Settings):
-        assert re.search(rf"--{field.name.replace('_', '-')} \S+ \[{re.escape(str(field.default))}[ \]]", said), field.name
+        flag = f"--{field.name.replace('_', '-')}"
+        assert re.search(rf"{flag} \S+ \[{re.escape(str(field.default))}[ \]]", said), flag
     assert "l: refinement shapes the states after this block" in said and "(with --init 15)" in said
 
 
 @pytest.mark.parametrize("argv", [["--gama=9"], ["--layer=two"], ["surplus"], pytest.param(
-    ["--centre=perhaps"], marks=pytest.mark.xfail(raises=KeyError, strict=True, reason="argparse passes KeyError on"))])
+    ["--centre=perhaps"], marks=pytest.mark.xfail(raises=KeyError, strict=True, reason="not caught"))])
 def test_a_flag_that_is_unknown_or_malformed_is_an_error(argv, capsys):
     with pytest.raises(SystemExit) as end:
         parse(argv)
@@ -378,15 +387,15 @@ def test_a_flag_that_is_unknown_or_malformed_is_an_error(argv, capsys):
 def test_values_parse_by_their_type():
     """bool("false") is True: the classic."""
     assert parse([]) == Settings()
-    s = parse(["--centre", "true", "--gamma", "8", "--pretrain-steps=3", "--out=elsewhere", "--refine-lr", "1e-4"])
-    assert (s.centre, s.gamma, s.pretrain_steps, s.out, s.refine_lr) == (True, 8.0, 3, "elsewhere", 1e-4)
-    assert parse(["--centre", "False"]).centre is False and parse(["--init=x", "--centre=false"]).centre is False
+    s = parse(["--centre", "true", "--gamma", "8", "--pretrain-steps=3", "--out=there", "--refine-lr=1e-4"])
+    assert (s.centre, s.gamma, s.pretrain_steps, s.out, s.refine_lr) == (True, 8.0, 3, "there", 1e-4)
+    assert not parse(["--centre", "False"]).centre and not parse(["--init=x", "--centre=false"]).centre
 
 
 def test_a_checkpoint_brings_its_own_defaults_which_flags_override():
     s = parse(["--init", "somewhere", "--layer", "9"])
     assert s.layer == 9 and s.centre is True
-    assert {name: getattr(s, name) for name in REAL if name != "layer"} == {k: v for k, v in REAL.items() if k != "layer"}
+    assert {name: getattr(s, name) for name in REAL} == REAL | {"layer": 9}
     assert REAL.keys() <= {field.name for field in dataclasses.fields(Settings)}
     assert s.seed == Settings.seed
 
@@ -420,13 +429,13 @@ def broken_results(folder):
 ])
 def test_bad_input_ends_the_command_with_one_line(make, says, tmp_path):
     """A traceback would tell of our code, not of the user's file."""
-    done = subprocess.run([sys.executable, "train.py", "--device=cpu", "--out", str(tmp_path / "out"), *make(tmp_path)],
-                          cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "train.py", "--device=cpu", "--out", str(tmp_path / "out"), *make(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
     assert says in done.stderr and ";" in done.stderr
 
 
-@pytest.mark.xfail(strict=True, reason="found only when the base has been pretrained and its states are drawn")
+@pytest.mark.xfail(strict=True, reason="found only after the base has been pretrained")
 def test_a_block_that_the_model_has_not_is_an_error_before_any_training(small_world, tmp_path):
     with pytest.raises(ValueError, match="there is no block 9: the model has 2"):
         train.main([*small_world, "--layer=9", "--out", str(tmp_path)])
