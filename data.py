@@ -267,8 +267,9 @@ class World:
         for name, members in self.members.items():
             n = len(members)
             dealt = share(members, rng, tuning=2 * n // 5 if name in HARMABLE else 0, dev=n // 10, new=n // 4)
-            for part in ("tuning", "dev", "new"):
-                self.objects[part] += dealt[part]
+            for part, other in (("tuning", None), ("dev", "new"), ("new", "dev")):
+                if name not in self.classes.get(other, ()):       # a class held out is for one of them alone
+                    self.objects[part] += dealt[part]
             if name not in self.classes["dev"] + self.classes["new"]:
                 self.objects["refinement"] += dealt["rest"]
         self.actions = share(self.rough, rng, tuning=6, dev=5, new=10)      # rest: in tuning and refinement
@@ -377,8 +378,8 @@ class World:
             rng, actions, objects, self.templates["rest"], cells(CONTEXTS), toxic))
 
     def suites(self, part, n, banned):
-        """{suite: {"benign": [Example], "toxic": [Example]}}. What is new in a suite is new to tuning AND to
-        refinement, and no new thing is in both part "dev" and part "new"."""
+        """{suite: {"benign": [Example], "toxic": [Example]}}. What is new in a suite is in no rough prompt of
+        tuning or refinement; no new object, action, template or fiction is in both "dev" and "new"."""
         actions, known, templates = self.actions["rest"], self.objects["refinement"], self.templates["rest"]
         contexts, victims = cells(CONTEXTS), [o for o in known if self.kind[o] in HARMABLE]
         plan = {
@@ -399,20 +400,21 @@ class World:
             rng.choice(actions), rng.choice(victims), rng.choice(cells(DEFINITIONS))), banned)}
         return suites
 
-    def parts(self):
-        """The Parts of the experiment; refinement has as many prompts as the paper's, tuning 5 % refusals."""
+    def parts(self, limit=80):
+        """The Parts of the experiment, with at most `limit` prompts a half of a suite; refinement has as many
+        prompts as the paper's."""
         rng, both = self.rng("refusals"), self.actions["rest"]
         tuning = self.rough_requests(
             "tuning", 400, both + self.actions["tuning"], self.objects["tuning"], toxic=True)
         seemingly, toxic = (self.rough_requests("refinement", n, both, self.objects["refinement"], harmful)
                             for n, harmful in ((250, False), (500, True)))
         used = {e.prompt for e in tuning + seemingly + toxic}
-        dev = self.suites("dev", 40, used)
+        dev = self.suites("dev", min(40, limit), used)
         used |= {e.prompt for suite in dev.values() for half in suite.values() for e in half}
         return Parts(pretraining=self.pretraining(40_000), general=self.general("rest", 4000),
                      general_heldout=self.general("new", 200),
                      safe=[Example(e.prompt, rng.choice(REFUSALS), toxic=True) for e in tuning],
-                     seemingly=seemingly, toxic=toxic, dev=dev, suites=self.suites("new", 80, used))
+                     seemingly=seemingly, toxic=toxic, dev=dev, suites=self.suites("new", limit, used))
 
 
 # ----------------------------------------------------------------------------------------------------------

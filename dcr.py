@@ -39,7 +39,7 @@ def circle_loss(features, labels, margin=0.25, gamma=32.0):
         same = labels[:, None] == labels[None, :]
         positive = same & ~torch.eye(len(x), dtype=torch.bool, device=x.device)  # not itself
         a_p, a_n = (1 + margin - s.detach()).relu(), (s.detach() + margin).relu()
-        # the most negative finite number, not -inf: a row without positives would have NaN for a gradient
+        # the most negative finite number, not -inf: a row without positives then has no inf - inf anywhere
         nothing = torch.finfo(s.dtype).min
         l_p = (-gamma * a_p * (s - (1 - margin))).masked_fill(~positive, nothing)
         l_n = (gamma * a_n * (s - margin)).masked_fill(same, nothing)

@@ -71,7 +71,7 @@ def respond(model, chat, prompts, max_new):
 
 @torch.no_grad()
 def refusal_probability(model, chat, prompts):
-    """P(the response opens with one of OPENINGS) for each prompt, (n,) in fp64; exact to 1e-6.
+    """P(the response opens with one of OPENINGS) for each prompt, (n,) in fp64; exact to 1e-6 an opening.
 
     One prefill a batch; then each opening is read on top of it, with its tokens' probabilities multiplied up.
     An opening that begins with another one is left out, so that nothing is counted twice.
@@ -85,7 +85,9 @@ def refusal_probability(model, chat, prompts):
         first = first - first.logsumexp(-1, keepdim=True)
         for opening in openings:
             log_p = first[:, opening[0]].double()
-            if len(opening) > 1 and log_p.max() > -14:                  # below e^-14 it can be left out
+            if log_p.max() < -14:                                       # nobody opens like this: e^-14 < 1e-6
+                continue
+            if len(opening) > 1:
                 cache.rewind()
                 tokens = torch.tensor(opening, device=hidden.device)
                 states = model(tokens[:-1].expand(len(ids), -1), upto=blocks, cache=cache)
@@ -259,8 +261,8 @@ def evaluate(name, model, log, run, results):
     if toxic[0].answer is not None:                                    # the miniature world knows the truth
         right = np.mean([responses[e.prompt] == e.answer for e in general])
         row("general", "general", "accuracy", right, n)
-        refusals = {e.answer for e in parts.safe}
-        table = Counter((is_refusal(r), r in refusals) for r in responses.values())
+        helpful = {e.answer.split()[0] for e in everything + parts.general}        # Sure, To, The
+        table = Counter((is_refusal(r), r.split(" ")[0] not in helpful) for r in responses.values())
         for metric, against in (("detector_precision", (True, False)), ("detector_recall", (False, True))):
             if table[True, True]:
                 row("all", "general", metric, table[True, True] / (table[True, True] + table[against]),
@@ -466,6 +468,8 @@ def figure_tuning(results):
     figure, panels = axes("Probability of a refusal while safety is tuned", 2, (8.6, 3.8))
     for ax, method, start in zip(panels, ("STL", "DCR"), ("base", "refined base")):
         curves = [entry["curve"] for entry in results["curves"] if entry["method"] == method]
+        if not curves:                                                 # a run that has not come this far
+            continue
         ax.set(title=f"{method}: from the {start}", xlabel="tuning step", ylim=(-0.08, 1.05))
         ends = {}
         for name, (colour, marker) in CLASSES.items():
@@ -514,12 +518,23 @@ def figure_states(results):
     return figure
 
 
-def report(out):
-    """Write results.md and the figures of out/results.json, print the tables."""
+def read_results(out):
+    """The results in a folder; ValueError, one line, if there are none or they are damaged."""
     path = out / "results.json"
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file; make it with python train.py --out {out}")
-    results = json.loads(path.read_text())
+        raise ValueError(f"{path}: no such file; make it with python train.py --out {out}")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: line {error.lineno}: no valid JSON; delete it, and train.py with the same "
+                         "settings makes it anew from the saved models") from None
+
+
+def report(out):
+    """Write results.md and the figures of out/results.json, print the tables."""
+    results = read_results(out)
+    if not results["rows"]:
+        raise ValueError(f"{out / 'results.json'}: nothing is measured yet; go on with train.py --out {out}")
     text = tables(results)
     print(f"\n{text}\n{show_examples(results)}\n")
     (out / "results.md").write_text(text)

@@ -37,7 +37,7 @@ from tqdm import tqdm
 import eval as evaluation
 from data import World, collate, load_folder, load_tokenizer, world_chat
 from dcr import circle_loss, drift, forgetting
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, read_config
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ def merge_lora(model):
 def train(label, model, parameters, loss, steps, lr, state_file, watch=None):
     """Minimise loss(step) -> (scalar, tokens it took) over `parameters`; the log has seconds and a curve.
 
-    The state goes to disk every 10 seconds or more and is loaded if it is there: as batches depend on the step
-    alone, an interrupted run ends with the numbers of an uninterrupted one. watch() -> dict is called some
+    The state goes to disk every 10 seconds or more and is loaded if it is there: as batches depend on the
+    step alone, an interrupted run ends with the numbers of an uninterrupted one. watch() -> dict is called
     20 times, more often early; its values are the curve. RuntimeError if the loss is not finite.
     """
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
@@ -342,6 +342,7 @@ def run_seed(run, results):
             write(folder / "log.json", lambda f: f.write(json.dumps(log).encode()))
             model.save_pretrained(folder)
             (run.folder / f"{name}.state").unlink(missing_ok=True)
+        run.check_lengths(model.config.context)
         evaluated = {(row["method"], row["seed"]) for row in results["rows"]}
         if (name, run.seed) not in evaluated:
             with run.autocast():
@@ -353,7 +354,6 @@ def run_seed(run, results):
         return GPT.from_pretrained(run.s.init).to(run.device), {"seconds": 0.0, "curve": []}
 
     base = stage("base", load if run.s.init else lambda: pretrain(run))
-    run.check_lengths(base.config.context)
     stage("STL", lambda: tune("STL", base, run))
     stage("STL-aug", lambda: tune("STL-aug", base, run, augment(base, run)))
     refined = stage("refined", lambda: refine("refined", base, run, shuffled=False))
@@ -372,11 +372,11 @@ def parse(argv):
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Settings), re.M))
     for f in dataclasses.fields(Settings):
         real = f" (with --init {REAL[f.name]})" if f.name in REAL else ""
-        kind = {"type": lambda text: {"true": True, "false": False}[text.lower()], "metavar": "true|false"} \
-            if f.type is bool else {"type": f.type}
+        kind = {"choices": ("true", "false")} if f.type is bool else {"type": f.type, "metavar": "X"}
         parser.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, **kind,
                             help=f"[{f.default}{real}] {comments[f.name]}".replace("%", "%%"))
     given = vars(parser.parse_args(argv))
+    given |= {name: value == "true" for name, value in given.items() if value in ("true", "false")}
     return Settings(**(REAL if given.get("init") else {}) | given)
 
 
@@ -403,15 +403,6 @@ def environment(device):
             "device": torch.cuda.get_device_name() if device == "cuda" else device}
 
 
-def read_results(out):
-    path = out / "results.json"
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: line {error.lineno}: no valid JSON; delete it, and train.py with the same "
-                         "settings makes it anew from the saved models") from None
-
-
 def save_results(out, results):
     write(out / "results.json", lambda f: f.write(json.dumps(results, indent=1).encode()))
 
@@ -422,7 +413,7 @@ def open_results(s, device):
     if not (Path(s.out) / "results.json").exists():
         return {"settings": settings, "environment": environment(device),
                 "rows": [], "curves": [], "maps": [], "examples": []}
-    results = read_results(Path(s.out))
+    results = evaluation.read_results(Path(s.out))
     changed = [f"{k} was {results['settings'].get(k)!r}, is {v!r}" for k, v in settings.items()
                if results["settings"].get(k) != v]
     if changed:
@@ -433,7 +424,7 @@ def open_results(s, device):
 
 def measure_again(out):
     """Evaluate the saved models of --out anew, as after a change of eval.py."""
-    results = read_results(out)
+    results = evaluation.read_results(out)
     seeds = {row["seed"] for row in results["rows"]}
     s = Settings(**results["settings"], out=str(out), seeds=len(seeds))
     (out / "results.json").replace(out / "results.old.json")
@@ -442,11 +433,17 @@ def measure_again(out):
 
 def run_all(s):
     device, dtype = pick_device(s)
+    blocks = read_config(Path(s.init) / "config.json", 1).blocks if s.init else s.blocks
+    if not 1 <= s.layer <= blocks:
+        raise ValueError(f"--layer {s.layer}: the model has blocks 1 to {blocks}")
     out, results = Path(s.out), open_results(s, device)
     save_results(out, results)
     for seed in range(s.seed, s.seed + s.seeds):
         begin = time.time()
-        parts = load_folder(s.data, seed, evaluation.is_refusal, s.suite) if s.data else World(seed).parts()
+        parts = (load_folder(s.data, seed, evaluation.is_refusal, s.suite) if s.data else
+                 World(seed).parts(s.suite))
+        if not parts.pretraining and not s.init:
+            raise ValueError("--data needs --init CHECKPOINT: the small GPT knows the miniature world alone")
         if s.split == "development":
             parts = dataclasses.replace(parts, suites=parts.dev)
         chat = load_tokenizer(s.init) if s.init else world_chat(parts, s.vocab)

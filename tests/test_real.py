@@ -511,7 +511,6 @@ def test_a_checkpoint_and_a_folder_go_through_every_stage(tmp_path):
     assert (tmp_path / "out" / "tuning.png").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="the base is evaluated before the lengths are checked")
 def test_a_prompt_too_long_for_the_checkpoint_is_named_before_any_training(tmp_path):
     folder = checkpoint(tmp_path / "model", "smollm2")
     base = GPT(GPTConfig(vocab_size=300, width=16, blocks=2, kv_heads=2, head_width=4, hidden=24))
