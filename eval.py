@@ -408,7 +408,7 @@ def tables(results):
              for k in ("precision", "recall")]
     if found[0][1]:
         text.append("Refusal by phrase list, against the known truth: " + ", ".join(
-            f"{k} {100 * min(v):.1f} to {100 * max(v):.1f} %" for k, v in found) + " over tuned models and seeds.")
+            f"{k} {100 * min(v):.1f} to {100 * max(v):.1f} %" for k, v in found) + " over models and seeds.")
     return "\n\n".join(text) + "\n"
 
 
