@@ -495,21 +495,40 @@ def world_chat(parts, vocab_size):
     return Chat(encoding, (user, "{user}", assistant), stop=end, pad=end, size=encoding.n_vocab)
 
 
-def collate(sequences, device):
-    """[(ids, first)] -> tokens (B, T), padded on the right with 0; targets (B, T), -1 where no loss is due.
+def collate(sequences, device, context=0):
+    """[(ids, first)] -> tokens, targets, texts, each (B, T): what is read, what is due, whose token it is.
 
-    `first` is the index of the first token that the model is taught to say; targets[t] = ids[t + 1].
+    `first` is the index of the first token that the model is taught to say; targets[t] = ids[t + 1], and -1
+    where no loss is due. Rows are filled up with tokens 0 of text -1: padding. With a `context`, sequences
+    are packed, longest first, into rows of twice the longest or the context; `model.Packed` keeps them apart.
 
-    >>> collate([([5, 6, 7, 8], 2), ([5, 9], 1)])           # the first teaches 7 and 8, the second 9
-    (tensor([[5, 6, 7],          tensor([[-1,  7,  8],
-             [5, 0, 0]]),                [ 9, -1, -1]]))
+    >>> collate([([5, 6, 7, 8], 2), ([5, 9], 1)], "cpu")         # the first teaches 7 and 8, the second 9
+    (tensor([[5, 6, 7],      tensor([[-1,  7,  8],      tensor([[ 0,  0,  0],
+             [5, 0, 0]]),            [ 9, -1, -1]]),            [ 1, -1, -1]]))
+    >>> collate([([5, 6, 7, 8], 2), ([5, 9], 1)], "cpu", context=128)
+    (tensor([[5, 6, 7, 5]]), tensor([[-1,  7,  8,  9]]), tensor([[0, 0, 0, 1]]))
     """
-    T = max(len(ids) for ids, _ in sequences) - 1
-    tokens, targets = torch.zeros(len(sequences), T, dtype=torch.long), torch.full((len(sequences), T), -1)
-    for row, (ids, first) in enumerate(sequences):
-        ids = torch.tensor(ids)
-        tokens[row, :len(ids) - 1], targets[row, first - 1:len(ids) - 1] = ids[:-1], ids[first:]
-    return tokens.to(device), targets.to(device)
+    sizes = [len(ids) - 1 for ids, _ in sequences]         # the last token is a target only
+    order, rows = list(range(len(sizes))), []
+    if context:
+        order.sort(key=lambda i: -sizes[i])
+    room = min(2 * max(sizes), context)
+    for i in order:                                        # into the first row that it fits in
+        row = next((r for r in rows if sum(sizes[j] for j in r) + sizes[i] <= room), None)
+        if row is None:
+            rows.append(row := [])
+        row.append(i)
+    T = max(sum(sizes[i] for i in row) for row in rows)
+    tokens = torch.zeros(len(rows), T, dtype=torch.long)
+    targets, texts = torch.full_like(tokens, -1), torch.full_like(tokens, -1)
+    for b, row in enumerate(rows):
+        t = 0
+        for i in row:
+            (ids, first), end = sequences[i], t + sizes[i]
+            ids = torch.tensor(ids)
+            tokens[b, t:end], targets[b, t + first - 1:end], texts[b, t:end] = ids[:-1], ids[first:], i
+            t = end
+    return tokens.to(device), targets.to(device), texts.to(device)
 
 
 # How text is cut into pieces, inside which bytes are merged. Of several spaces the last goes to the word that

@@ -12,9 +12,156 @@ terms keep the model what it was otherwise. Everything here is a pure function o
 
 Read `train.py` next.
 """
+from dataclasses import dataclass
+
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
+from data import collate
+from model import RMSNorm
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 1. The kernel: what couples two prompts
+
+def gradient_products(model, prompts, read, l=None, modules=None):
+    """(r, {group: G}): r = read(h) (n, k) and, for each group of parameters, the inner products of gradients
+
+        G[i, j] = dr(x_i)/dtheta  dr(x_j)/dtheta^T,    G (n, n, k, k), fp64.
+
+    h (n, width) is the stream after block l (default: the last) at the last token of each prompt (lists of
+    ids), `read` any function of it. The groups are embeddings, block 1 ... block L, final norm: all that h
+    and `read` depend on but the head, or what lies inside `modules`.
+
+    It takes k backward passes, for prompts do not meet in a batch: the gradient of a sum over prompts is each
+    prompt's own. No gradient of a weight is ever formed. A linear map u_t = W a_t adds sum_t B_t a_t^T to the
+    gradient of W, with B_t = dr/du_t the signal that comes back to u_t, so its share of G is
+
+        sum over t', t of  <a'_t', a_t>  B'_t' B_t^T :
+
+    what two prompts have in common going up, times what they have in common coming down. An embedding is the
+    linear map of one-hot a: <a', a> asks whether the tokens are the same.
+    """
+    named = {module: name for name, module in model.named_modules()}
+    calls, n = [], len(prompts)
+
+    def record(module, inputs, output):
+        calls.append((module, inputs[0].detach(), output))
+    hooks = [m.register_forward_hook(record) for root in modules or [model] for m in root.modules()
+             if isinstance(m, (nn.Linear, nn.Embedding, RMSNorm)) and m is not model.lm_head]
+    try:
+        with torch.enable_grad(), torch.autocast(model.cos.device.type, enabled=False):
+            tokens, targets, _ = collate([(ids + [0], len(ids)) for ids in prompts], model.cos.device)
+            r = read(model(tokens, upto=model.config.blocks if l is None else l)[targets >= 0])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    k, us = r.shape[1], [u for _, _, u in calls]
+    signals = [torch.autograd.grad(r[:, i].sum(), us, retain_graph=i < k - 1) for i in range(k)]
+    groups = {}
+    for (module, a, _), B in zip(calls, zip(*signals)):
+        group, G = group_of(named[module]), r.new_zeros(n, n, k, k)
+        B, a = torch.stack(B, 1), a.view(n, -1, *a.shape[2:])                   # (n, k, T, out), (n, T, in)
+        if isinstance(module, RMSNorm):                                    # u = gain * a / rms(a), elementwise
+            a = F.rms_norm(a.float(), module.weight.shape, eps=module.eps)
+            g = (B.view(n, k, -1, len(module.weight)) * a.view(n, 1, -1, len(module.weight))).sum(2)
+            G += torch.einsum("ipw,jqw->ijpq", g, g)
+        else:
+            if isinstance(module, nn.Embedding):
+                overlap = (a[:, :, None, None] == a).to(B.dtype)                       # (n, T, n, T)
+            else:
+                overlap = torch.einsum("itc,jsc->itjs", a, a) + (module.bias is not None)
+            for i in range(n):                             # a prompt at a time: (n, k, T, out) is enough memory
+                mixed = torch.einsum("tjs,jqso->jqto", overlap[i], B)
+                G[i] = torch.einsum("pto,jqto->jpq", B[i], mixed)
+        groups[group] = groups.get(group, 0) + G.double()
+    return r.detach(), groups
+
+
+def group_of(name):
+    """The group a parameter or module belongs to: "layers.2.mlp.up_proj" is in "block 3"."""
+    if name.startswith("layers."):
+        return f"block {int(name.split('.')[1]) + 1}"
+    return {"embed_tokens": "embeddings", "norm": "final norm", "lm_head": "head"}[name.split(".")[0]]
+
+
+@dataclass
+class Kernel:
+    """K(x', x) = J(x') J(x)^T of all pairs of n prompts, J = dz/dtheta (V, parameters), in small pieces.
+
+    z = W h are the logits of the first response token. With G = dh(x') dh(x)^T over the parameters below the
+    head, and the head's own gradient,
+
+        K(x', x) = W G W^T + <h', h> I,
+
+    so no V x V matrix is needed, and d backward passes do the work of V. Exact for an untied head.
+    """
+    W: torch.Tensor          # (V, d) the head
+    h: torch.Tensor          # (n, d) the final, normed state: z = W h
+    groups: dict             # {group: G (n, n, d, d)} below the head
+
+    def pieces(self, only=None):
+        """(G (n, n, d, d), <h', h> (n, n)) summed over the groups named in `only`; all by default."""
+        only = [*self.groups, "head"] if only is None else only
+        n, d = self.h.shape
+        G = sum((self.groups[g] for g in only if g != "head"), self.h.new_zeros(n, n, d, d))
+        return G, self.h @ self.h.T * ("head" in only)
+
+    def norms(self, only=None):
+        """||K(x', x)||_F, (n, n): tr(G^T M G M) + 2 c tr(G M) + c^2 V with M = W^T W, c = <h', h>."""
+        (G, c), M = self.pieces(only), self.W.T @ self.W
+        squared = (G * (M @ G @ M)).sum((2, 3)) + 2 * c * (G * M).sum((2, 3)) + c.square() * len(self.W)
+        return squared.clamp(min=0).sqrt()
+
+    def between(self, left, right, only=None):
+        """left_i^T K(x_i, x_j) right_j of all pairs, (n, n), for left, right (n, V)."""
+        (G, c), left, right = self.pieces(only), left.double(), right.double()
+        return torch.einsum("id,ijde,je->ij", left @ self.W, G, right @ self.W) + c * (left @ right.T)
+
+
+def kernel(model, prompts):
+    """The exact `Kernel` of prompts (lists of token ids), all parameters, all logits. ValueError if tied."""
+    if model.config.tied:
+        raise ValueError("a tied head has no exact kernel here: its embeddings are read and written at once")
+    h, groups = gradient_products(model, prompts, model.norm)
+    return Kernel(model.lm_head.weight.detach().double(), h.double(), groups)
+
+
+def kernel_norms(model, prompts):
+    """||K(x', x)||_F of all pairs of prompts (lists of ids), (n, n).
+
+    With a tied head, or d in the hundreds, exact is out of reach: there, as in the paper, the 10 likeliest
+    logits of each prompt and the parameters of the last 4 blocks.
+    """
+    if not model.config.tied and model.config.width <= 128:
+        return kernel(model, prompts).norms()
+    _, groups = gradient_products(model, prompts, lambda h: model.lm_head(model.norm(h)).topk(10).values,
+                                  modules=model.layers[-4:])
+    return sum(groups.values()).square().sum((2, 3)).sqrt()
+
+
+def probed_norms(model, prompts, probes=16, seed=0):
+    """||K(x', x)||_F estimated with few backward passes, (n, n): for independent standard normal u, v (V,)
+
+        E (u^T K v)^2 = ||K||_F^2,
+
+    so the mean of squares over pairs of different probes estimates the square without bias. Untied heads.
+    """
+    W, states = model.lm_head.weight.detach(), []
+    R = torch.randn(len(W), probes, generator=torch.Generator().manual_seed(seed)).to(W)
+
+    def read(h):
+        states.append(model.norm(h))
+        return states[0] @ (W.T @ R)                                                    # R^T z, (n, probes)
+    _, groups = gradient_products(model, prompts, read)
+    h, R = states[0].detach().double(), R.double()
+    K = sum(groups.values()) + (h @ h.T)[:, :, None, None] * (R.T @ R)                  # (n, n, probes, probes)
+    return K[:, :, ~torch.eye(probes, dtype=torch.bool, device=W.device)].square().mean(-1).sqrt()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 2. The losses: what parts them
 
 def circle_loss(features, labels, margin=0.25, gamma=32.0):
     """The Circle loss of features (N, d) with integer labels (N,), a scalar (Sun et al. 2020).

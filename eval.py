@@ -18,6 +18,7 @@ Read `tests/` next: each claim has one.
 import argparse
 import json
 import sys
+import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -28,7 +29,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import collate
-from model import RMSNorm, generate, prefill
+from dcr import kernel_norms
+from model import Packed, generate, prefill
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt                                        # noqa: E402 (after the backend)
@@ -134,65 +136,10 @@ def three_classes(model, chat, parts, n):
 
 def last_states(model, prompts, l):
     """The state after block l at the last token of each prompt (lists of ids): h_x, (n, width)."""
-    tokens, _ = collate([(ids + [0], 1) for ids in prompts], model.cos.device)     # it drops the last token
-    last = torch.tensor([len(ids) - 1 for ids in prompts], device=tokens.device)
-    return model(tokens, upto=l)[torch.arange(len(prompts), device=tokens.device), last]
-
-
-def kernel_norms(model, prompts):
-    """||K(x', x)||_F of all pairs of prompts (lists of ids), (n, n); K(x', x) = J(x') J(x)^T, J = dz/dtheta.
-
-    z are the logits of the first response token, theta all parameters. With an untied head z = W h the
-    exact kernel needs d backward passes in place of one for each token of the vocabulary V: with G = dh(x')
-    dh(x)^T, over the parameters below the head, M = W^T W and c = <h(x'), h(x)>,
-
-        K = W G W^T + c I      and so      ||K||^2 = tr(G^T M G M) + 2 c tr(G M) + c^2 V.
-
-    With a tied head and d in the hundreds that is out of reach. There we do as the paper does: the 10
-    likeliest logits of each prompt, the parameters of the last 4 blocks.
-    """
-    c, n, calls = model.config, len(prompts), []
-    exact = not c.tied and c.width <= 128
-
-    def record(module, inputs, output):
-        a = inputs[0]                      # du = dW a, so the gradient of W is made of a and of dout / du
-        if isinstance(module, RMSNorm):
-            a = F.rms_norm(a.float(), a.shape[-1:], eps=module.eps)
-        calls.append((module, a.detach(), output))
-    kinds = (torch.nn.Linear, torch.nn.Embedding, RMSNorm)
-    hooks = [m.register_forward_hook(record) for m in (model if exact else model.layers[-4:]).modules()
-             if isinstance(m, kinds) and m is not model.lm_head]
-    with torch.enable_grad(), torch.autocast(model.cos.device.type, enabled=False):
-        h = model.norm(last_states(model, prompts, c.blocks))                      # (n, width)
-        z = model.lm_head(h)
-        out = h if exact else z.gather(1, z.topk(10).indices)                      # (n, k): differentiated
-        for hook in hooks:
-            hook.remove()
-        us = [u for _, _, u in calls]
-        k = out.shape[1]
-        # prompts do not meet in a batch, so the gradient of a sum over prompts is each prompt's own
-        signals = [torch.autograd.grad(out[:, i].sum(), us, retain_graph=i < k - 1) for i in range(k)]
-    G = out.new_zeros(n * k, n * k)
-    for (module, a, _), B in zip(calls, zip(*signals)):
-        B = torch.stack(B, 1)                                                      # (n, k, T, out): dout / du
-        if isinstance(module, torch.nn.Linear):
-            gradients = [torch.einsum("nkto,nta->nkoa", B, a)] + [B.sum(2)] * (module.bias is not None)
-        elif isinstance(module, RMSNorm):
-            B, a = B.reshape(n, k, -1, a.shape[-1]), a.reshape(n, 1, -1, a.shape[-1])
-            gradients = [(B * a).sum(2)]                                           # the final norm has no T
-        else:                                                                      # of the tokens seen
-            seen, index = a.unique(return_inverse=True)
-            gradients = [torch.einsum("nkto,ntv->nkvo", B, F.one_hot(index, len(seen)).to(B.dtype))]
-        for g in gradients:
-            g = g.reshape(n * k, -1)
-            G += g @ g.T
-    G = G.view(n, k, n, k).transpose(1, 2).double()                                # (n, n, k, k)
-    if not exact:
-        return G.square().sum((2, 3)).sqrt()
-    W, h = model.lm_head.weight.detach().double(), h.detach().double()
-    M, inner = W.T @ W, h @ h.T
-    squared = (G * (M @ G @ M)).sum((2, 3)) + 2 * inner * (G * M).sum((2, 3)) + inner.square() * c.vocab_size
-    return squared.sqrt()
+    sequences = [(ids + [0], len(ids)) for ids in prompts]         # a target at the last token, nowhere else
+    tokens, targets, texts = collate(sequences, model.cos.device, model.config.context)
+    last = targets >= 0
+    return model(tokens, upto=l, cache=Packed(texts))[last][texts[last].argsort()]     # as `prompts` stand
 
 
 def kernel_similarity(model, chat, parts, n=4):
@@ -219,7 +166,11 @@ def evaluate(name, model, log, run, results):
     def row(suite, kind, metric, value, n):
         results["rows"].append({"method": name, "seed": run.seed, "suite": suite, "kind": kind,
                                 "metric": metric, "value": value, "n": n})
+    begin = time.time()
     row("stage", "general", "seconds", log["seconds"], 1)
+    if log.get("read"):
+        row("stage", "general", "tokens_per_second", log["read"] / log["seconds"], 1)
+        row("stage", "general", "padding", 1 - log["read"] / log["computed"], 1)
     if log["curve"]:
         results["curves"].append({"method": name, "seed": run.seed, "curve": log["curve"]})
 
@@ -276,6 +227,7 @@ def evaluate(name, model, log, run, results):
         results["examples"].append({"method": name, "seed": run.seed, "responses": [
             {"suite": suite, "kind": half, "prompt": e.prompt, "response": responses[e.prompt]}
             for suite, half, examples in halves for e in examples[:5]]})
+    row("stage", "general", "evaluation_seconds", time.time() - begin, 1)
 
 
 @torch.no_grad()
@@ -284,9 +236,9 @@ def general_loss(model, run, examples):
     total = count = 0
     for start in range(0, len(examples), CHUNK):
         sequences = [run.tokens(e, model.config.context) for e in examples[start:start + CHUNK]]
-        tokens, targets = collate(sequences, run.device)
-        learn = targets >= 0
-        logits = model.tail(model(tokens, upto=model.config.blocks)[learn], since=model.config.blocks)
+        tokens, targets, texts = collate(sequences, run.device, model.config.context)
+        learn, blocks = targets >= 0, model.config.blocks
+        logits = model.tail(model(tokens, upto=blocks, cache=Packed(texts))[learn], since=blocks)
         total += F.cross_entropy(logits.float(), targets[learn], reduction="sum").item()
         count += learn.sum().item()
     return total / count
@@ -398,11 +350,14 @@ def tables(results):
                          ("kernel_similarity_one_sided", "norm of the one named first, as in the paper")):
         text.append(f"kernel similarity, divided by the {norm}\n\n" + markdown(
             ["model", *pairs], [[m, *kernel(metric, m)] for m in stages]))
-    seconds = {m: values(results, m, "seconds", suite="stage") for m in stages}
-    whole = sum(np.mean(found) for m, found in seconds.items() if m in ("base", "refined", "DCR"))
-    text.append("training seconds of each stage, and its share of base + refined + DCR\n\n" + markdown(
-        ["stage", "seconds", "share"], [[m, f"{np.mean(found):.1f}", f"{100 * np.mean(found) / whole:.0f} %"]
-                                        for m, found in seconds.items()]))
+    cost = {m: [np.mean(values(results, m, metric, suite="stage") or [np.nan]) for metric in
+                ("seconds", "tokens_per_second", "padding", "evaluation_seconds")] for m in stages}
+    whole = sum(cost[m][0] for m in stages if m in ("base", "refined", "DCR"))
+    text.append("where the time goes: seconds of training, share of base + refined + DCR, tokens read a second "
+                "(curves included), padding among the tokens computed, seconds of evaluation\n\n" + markdown(
+        ["stage", "seconds", "share", "tokens/s", "padding", "evaluation"],
+        [[m, f"{a:.1f}", f"{100 * a / whole:.0f} %", f"{b:,.0f}", f"{100 * c:.0f} %", f"{d:.1f}"]
+         for m, (a, b, c, d) in cost.items()]))
     tuned = [m for m in methods if m != "base"]            # the others never learnt to refuse
     found = [(k, [v for m in tuned for v in values(results, m, f"detector_{k}", suite="all")])
              for k in ("precision", "recall")]

@@ -139,21 +139,22 @@ class GPT(nn.Module):
         """Logits (B, T, vocabulary) of tokens (B, T); with `upto=l` the stream (B, T, width) after block l.
 
         l counts from 1; l = 0 is the embedding. No block above l is computed. With a `Cache`, the tokens
-        continue what it holds. ValueError for sequences longer than the context and for an l out of range.
+        continue what it holds; a `Packed` in its place says that rows hold several texts. ValueError for
+        sequences longer than the context and for an l out of range.
         """
         T, c = tokens.shape[1], self.config
         if T > c.context:
             raise ValueError(f"sequence of {T} tokens exceeds the context of {c.context}")
         last = c.blocks if upto is None else self.check(upto)
         x = self.blocks(self.embed_tokens(tokens).float(), 0, last, cache)
-        return self.tail(x, since=last) if upto is None else x
+        return self.lm_head(self.norm(x)) if upto is None else x
 
-    def tail(self, hidden, since):
+    def tail(self, hidden, since, cache=None):
         """Logits from the stream after block `since`: tail(model(tokens, upto=l), l) == model(tokens).
 
         After the last block only norm and head are left, and `hidden` may have any shape (..., width).
         """
-        return self.lm_head(self.norm(self.blocks(hidden, self.check(since), self.config.blocks)))
+        return self.lm_head(self.norm(self.blocks(hidden, self.check(since), self.config.blocks, cache)))
 
     def blocks(self, x, first, last, cache=None):
         if first < last:
@@ -218,6 +219,25 @@ class GPT(nn.Module):
         tensors = (p.detach().float().cpu().contiguous().numpy() for p in self.parameters())
         write(folder / "model.safetensors", (len(header).to_bytes(8, "little"), header, *tensors))
         write(folder / "config.json", (json.dumps(config, indent=2).encode(),))
+
+
+class Packed:
+    """Several texts in a row, so that short ones leave no padding; attention meets it in a cache's place.
+
+    `texts` (B, T) says whose token each is. A token sees its own text, up to itself. Where in its row a text
+    begins does not matter: rotary attention knows distances only.
+
+    texts a a b   ->   token 0 sees 0; token 1 sees 0, 1; token 2 sees 2
+    """
+
+    def __init__(self, texts):
+        self.visible = (texts[:, :, None] == texts[:, None, :]).tril()[:, None]               # (B, 1, T, T)
+
+    def advance(self, T):
+        return torch.arange(T, device=self.visible.device)[None]                              # (1, T)
+
+    def extend(self, layer, k, v):
+        return k, v, self.visible
 
 
 class Cache:

@@ -37,7 +37,7 @@ from tqdm import tqdm
 import eval as evaluation
 from data import World, collate, load_folder, load_tokenizer, world_chat
 from dcr import circle_loss, drift, forgetting
-from model import GPT, GPTConfig, read_config
+from model import GPT, GPTConfig, Packed, read_config
 
 
 @dataclass(frozen=True)
@@ -122,21 +122,22 @@ def merge_lora(model):
 
 
 def train(label, model, parameters, loss, steps, lr, state_file, watch=None):
-    """Minimise loss(step) -> (scalar, tokens it took) over `parameters`; the log has seconds and a curve.
+    """Minimise loss(step) -> (scalar, tokens read, tokens computed) over `parameters`; returns a log.
 
     The state goes to disk every 10 seconds or more and is loaded if it is there: as batches depend on the
     step alone, an interrupted run ends with the numbers of an uninterrupted one. watch() -> dict is called
-    20 times, more often early; its values are the curve. RuntimeError if the loss is not finite.
+    20 times, more often early. The log: seconds, tokens read, tokens computed (more by the padding), and a
+    curve of what watch() returned. RuntimeError if the loss is not finite.
     """
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
-    log, first = {"seconds": 0.0, "curve": []}, 0
+    log, first = {"seconds": 0.0, "read": 0, "computed": 0, "curve": []}, 0
     if state_file.exists():
         state = torch.load(state_file, map_location=model.cos.device, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         log, first = state["log"], state["step"]
     watched = {steps * i // 10 for i in range(11)} | {steps * i // 50 for i in range(10)}
-    begin, saved, pause, read = time.time(), time.time(), 10, 0
+    begin, saved, pause = time.time(), time.time(), 10
     bar = tqdm(total=steps, initial=first, desc=label, leave=False)
     for step in range(first, steps + 1):
         if watch and step in watched:
@@ -145,21 +146,19 @@ def train(label, model, parameters, loss, steps, lr, state_file, watch=None):
             break
         for group in optimizer.param_groups:        # warm up over 5 % of the steps, decay to a tenth
             group["lr"] = lr * min(1, (step + 1) / (0.05 * steps + 1)) * max(0.1, 1 - step / steps)
-        value, tokens = loss(step)
-        if not torch.isfinite(value):
-            raise RuntimeError(f"{label}: the loss is {value.item()} at step {step + 1}; lower its learning "
-                               f"rate (now {lr}), with a new --out; finished stages are kept in this one")
+        value, read, computed = loss(step)
         value.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         bar.update()
-        read += tokens
-        if step % 10 == 9 or time.time() - saved > pause:
-            seconds, begin = time.time() - begin, time.time()
-            log["seconds"] += seconds
-            bar.set_postfix_str(f"loss {value.item():.3f}, {read / seconds:,.0f} tokens/s")
-            read = 0
+        log["read"], log["computed"] = log["read"] + read, log["computed"] + computed
+        if step % 10 == 9 or step == steps - 1 or time.time() - saved > pause:
+            if not torch.isfinite(value):           # not at every step: a GPU would wait for the answer
+                raise RuntimeError(f"{label}: the loss is {value.item()} at step {step + 1}; lower its "
+                                   f"learning rate (now {lr}), with a new --out; finished stages are kept")
+            log["seconds"], begin = log["seconds"] + time.time() - begin, time.time()
+            bar.set_postfix_str(f"loss {value.item():.3f}, {log['read'] / log['seconds']:,.0f} tokens/s")
             if begin - saved > pause:
                 write(state_file, lambda f: torch.save(
                     {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "log": log,
@@ -220,13 +219,15 @@ class Run:
 
 
 def sft_loss(model, sequences, run):
-    """Mean -log pi(y_t | x, y_<t) over the response tokens alone, and the number of tokens read."""
-    tokens, targets = collate(sequences, run.device)                   # (B, T), (B, T)
+    """Mean -log pi(y_t | x, y_<t) over the response tokens alone; tokens read, and computed with padding."""
+    blocks, context = model.config.blocks, model.config.context
+    tokens, targets, texts = collate(sequences, run.device, context)   # (B, T) each, packed
     learn = targets >= 0
     with run.autocast():
-        hidden = model(tokens, upto=model.config.blocks)[learn]        # (n, width): no head where no loss
-        logits = model.tail(hidden, since=model.config.blocks)         # (n, vocabulary)
-    return F.cross_entropy(logits.float(), targets[learn]), tokens.numel()
+        hidden = model(tokens, upto=blocks, cache=Packed(texts))[learn]        # (n, width): head where due
+        logits = model.tail(hidden, since=blocks)                              # (n, vocabulary)
+    read = sum(len(ids) - 1 for ids, _ in sequences)
+    return F.cross_entropy(logits.float(), targets[learn]), read, tokens.numel()
 
 
 def pretrain(run):
@@ -310,20 +311,23 @@ def refine(name, base, run, shuffled):
     def loss(step):
         rng = run.rng("refinement", step)
         prompts = rng.choices(benign, k=half) + rng.choices(toxic, k=half)        # balanced, as in the paper
-        tokens, targets = collate(rng.choices(general, k=s.refine_batch), run.device)
-        used = torch.cummax(targets.flip(1) >= 0, 1)[0].flip(1)                   # up to the last target
+        sequences = rng.choices(general, k=s.refine_batch)
+        tokens, _, texts = collate(sequences, run.device, context)                # (B, T), packed
+        used, packed = texts >= 0, Packed(texts)
         with run.autocast():
-            states = evaluation.last_states(model, prompts, l)                    # (B, width): h_x
-            hidden = model(tokens, upto=l)                                        # (B, T, width)
+            states = evaluation.last_states(model, prompts, l)                    # (2 half, width): h_x
+            hidden = model(tokens, upto=l, cache=packed)                          # (B, T, width)
             with torch.no_grad():
-                base_hidden = base(tokens, upto=l)
+                base_hidden = base(tokens, upto=l, cache=packed)
             value = circle_loss(states - centre, labels, s.margin, s.gamma)
             value = value + s.still * drift(hidden[used], base_hidden[used], mean)
             if s.keep:
                 with torch.no_grad():
-                    base_logits = base.tail(base_hidden, since=l)[used]
-                value = value + s.keep * forgetting(model.tail(hidden, since=l)[used], base_logits)
-        return value, tokens.numel() + sum(map(len, prompts))
+                    base_logits = base.tail(base_hidden, since=l, cache=packed)[used]
+                logits = model.tail(hidden, since=l, cache=packed)[used]          # (n, vocabulary)
+                value = value + s.keep * forgetting(logits, base_logits)
+        read, more = sum(len(ids) - 1 for ids, _ in sequences), sum(map(len, prompts))
+        return value, read + more, tokens.numel() + more
     log = train(name, model, parameters, loss, run.steps(s.refine_steps), s.refine_lr,
                 run.folder / f"{name}.state")
     model.requires_grad_(True)

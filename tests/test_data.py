@@ -289,16 +289,37 @@ def test_what_a_user_types_never_becomes_a_special_token(chat):
 
 def test_collate_token_by_token():
     """The example of its docstring: the first sequence teaches 7 and 8, the second 9."""
-    tokens, targets = collate([([5, 6, 7, 8], 2), ([5, 9], 1)], "cpu")
+    tokens, targets, texts = collate([([5, 6, 7, 8], 2), ([5, 9], 1)], "cpu")
     assert tokens.tolist() == [[5, 6, 7], [5, 0, 0]]
     assert targets.tolist() == [[-1, 7, 8], [9, -1, -1]]
+    assert texts.tolist() == [[0, 0, 0], [1, -1, -1]]
+    tokens, targets, texts = collate([([5, 6, 7, 8], 2), ([5, 9], 1)], "cpu", context=128)
+    assert (tokens.tolist(), targets.tolist(), texts.tolist()) == ([[5, 6, 7, 5]], [[-1, 7, 8, 9]], [[0, 0, 0, 1]])
+
+
+def test_packing_loses_nothing_and_wastes_little(parts, chat):
+    """Each sequence's tokens and targets are found whole in a row, in order, and rows stay in the context."""
+    rng = random.Random(0)
+    for size, context in ((1, 64), (7, 64), (32, 128)):
+        examples = rng.choices(parts.general, k=size)
+        sequences = [(chat.prompt(e.prompt) + chat.response(e.answer), len(chat.prompt(e.prompt)))
+                     for e in examples]
+        tokens, targets, texts = collate(sequences, "cpu", context)
+        assert tokens.shape[1] <= context
+        for i, (ids, first) in enumerate(sequences):
+            row, = (texts == i).any(1).nonzero()[:, 0].tolist()
+            at = texts[row] == i
+            assert tokens[row, at].tolist() == ids[:-1]
+            assert targets[row, at].tolist() == [-1] * (first - 1) + ids[first:]
+        assert (targets[texts < 0] == -1).all()
+    assert (texts < 0).double().mean() < 0.1                             # padded one by one, it is a third
 
 
 def test_the_loss_covers_the_response_and_its_stop_and_nothing_else(chat):
     """An error by one would teach the last word of the prompt, or forget to teach when to stop."""
     examples = [Example("How do I paint the dog?", "Sure."), Example("Why?", "The dog is in the garden.")]
     pairs = [(chat.prompt(e.prompt), chat.response(e.answer)) for e in examples]
-    tokens, targets = collate([(prompt + response, len(prompt)) for prompt, response in pairs], "cpu")
+    tokens, targets, _ = collate([(prompt + response, len(prompt)) for prompt, response in pairs], "cpu")
     for (prompt, response), row, target in zip(pairs, tokens, targets):
         learn = target >= 0
         assert target[learn].tolist() == response and response[-1] == chat.stop

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from model import (GPT, Cache, GPTConfig, generate, generate_plain, prefill, read_safetensors, rotary_table,
-                   rotate)
+from model import (GPT, Cache, GPTConfig, Packed, generate, generate_plain, prefill, read_safetensors,
+                   rotary_table, rotate)
 
 TINY = dict(vocab_size=50, width=32, blocks=3, heads=4, kv_heads=2, head_width=8, hidden=48, context=64)
 
@@ -77,6 +77,19 @@ def test_under_autocast_the_residual_stream_stays_fp32():
         stream = model(some_tokens(2, 12), upto=3)
     assert seen == [torch.bfloat16] * 3 and stream.dtype == torch.float32
     assert torch.allclose(stream, model(some_tokens(2, 12), upto=3), atol=0.1 * stream.std().item())
+
+
+def test_texts_packed_into_one_row_do_not_see_each_other():
+    """Packing is to save padding and nothing else: every text has the logits it has alone, through the cut too."""
+    model, (row,) = tiny(), some_tokens(1, 12)
+    texts = torch.tensor([[0] * 5 + [2] * 3 + [1] * 3 + [-1]])                  # 1, 2: numbers, not an order
+    whole = model(row[None], cache=Packed(texts))[0]
+    cut = model.tail(model(row[None], upto=1, cache=Packed(texts)), since=1, cache=Packed(texts))[0]
+    for text in (0, 1, 2):
+        at = texts[0] == text
+        alone = model(row[at][None])[0]
+        assert torch.allclose(whole[at], alone, atol=1e-5) and torch.allclose(cut[at], alone, atol=1e-5)
+    assert not torch.allclose(model(row[None])[0], whole, atol=1e-2)            # unpacked, it is one text
 
 
 # ----------------------------------------------------------------------------------------- the cut at block l

@@ -35,9 +35,9 @@ def test_sft_loss_is_the_mean_over_response_tokens(model, run, parts):
     for ids, first in sequences:
         log_p = model(torch.tensor([ids]))[0].log_softmax(-1)
         terms += [-log_p[t - 1, ids[t]] for t in range(first, len(ids))]
-    loss, read = sft_loss(model, sequences, run)
+    loss, read, computed = sft_loss(model, sequences, run)
     assert torch.allclose(loss, torch.stack(terms).mean(), rtol=1e-5)
-    assert read == len(sequences) * (max(len(ids) for ids, _ in sequences) - 1)
+    assert read == sum(len(ids) - 1 for ids, _ in sequences) <= computed
 
 
 def test_long_answers_are_cut_and_prompts_never(run):
@@ -90,7 +90,7 @@ def test_merged_lora_is_the_tuned_model_as_an_ordinary_one(model):
 def rows_seen(monkeypatch):
     """A list to which each batch of sequences is appended as it is collated for a loss."""
     seen, collate = [], train.collate
-    monkeypatch.setattr(train, "collate", lambda rows, device: seen.append(rows) or collate(rows, device))
+    monkeypatch.setattr(train, "collate", lambda rows, *how: seen.append(rows) or collate(rows, *how))
     return seen
 
 
@@ -271,8 +271,9 @@ def trained_stages(monkeypatch):
 
 def measured(out):
     """The results of seed 0, less what the clock says."""
-    results = json.loads((out / "results.json").read_text())
-    return [[entry for entry in results[part] if entry["seed"] == 0 and entry.get("metric") != "seconds"]
+    results, clock = json.loads((out / "results.json").read_text()), ("seconds", "tokens_per_second",
+                                                                      "evaluation_seconds")
+    return [[entry for entry in results[part] if entry["seed"] == 0 and entry.get("metric") not in clock]
             for part in ("rows", "curves", "maps", "examples")]
 
 
@@ -341,7 +342,7 @@ def test_one_command_goes_from_nothing_to_tables_and_figures(finished):
                 assert {metric for s, kind, metric in found if (s, kind) == (suite, half)} == METRICS[half]
         assert {("general", "general", "accuracy"), ("general", "general", "loss"), ("all", "benign", "auc"),
                 ("toxic/seemingly", "general", "kernel_similarity")} <= found
-    unbounded = ("seconds", "loss", "kernel_similarity_one_sided")
+    unbounded = ("seconds", "tokens_per_second", "evaluation_seconds", "loss", "kernel_similarity_one_sided")
     assert all(0 <= row["value"] <= 1 + 1e-6 for row in results["rows"] if row["metric"] not in unbounded)
     assert {entry["method"] for entry in results["maps"]} == set(STAGE_NAMES)
     assert {entry["method"] for entry in results["curves"]} == {"STL", "STL-aug", "DCR", "DCR-shuffled"}
