@@ -72,9 +72,10 @@ def gradient_products(model, prompts, read, l=None, modules=None):
                 overlap = (a[:, :, None, None] == a).to(B.dtype)                       # (n, T, n, T)
             else:
                 overlap = torch.einsum("itc,jsc->itjs", a, a) + (module.bias is not None)
-            for i in range(n):                             # a prompt at a time: (n, k, T, out) is enough memory
-                mixed = torch.einsum("tjs,jqso->jqto", overlap[i], B)
-                G[i] = torch.einsum("pto,jqto->jpq", B[i], mixed)
+            for i in range(n):                       # a prompt at a time: another (n, k, T, out) is enough
+                mixed = overlap[i].transpose(0, 1)[:, None] @ B                 # (n, 1, T, T) @ (n, k, T, out)
+                product = B[i].reshape(k, -1) @ mixed.view(n * k, -1).T                   # (k, n k), T and out
+                G[i] = product.view(k, n, k).transpose(0, 1)                              # are summed over
         groups[group] = groups.get(group, 0) + G.double()
     return r.detach(), groups
 
