@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data import collate
 from model import RMSNorm
@@ -159,6 +161,111 @@ def probed_norms(model, prompts, probes=16, seed=0):
     h, R = states[0].detach().double(), R.double()
     K = sum(groups.values()) + (h @ h.T)[:, :, None, None] * (R.T @ R)                  # (n, n, probes, probes)
     return K[:, :, ~torch.eye(probes, dtype=torch.bool, device=W.device)].square().mean(-1).sqrt()
+
+
+class FirstToken(nn.Module):
+    """The logits of the first response token of some prompts, as a module without inputs."""
+
+    def __init__(self, model, prompts):
+        super().__init__()
+        tokens, targets, _ = collate([(ids + [0], len(ids)) for ids in prompts], model.cos.device)
+        self.model, self.tokens, self.last = model, tokens, targets >= 0
+
+    def forward(self):
+        blocks = self.model.config.blocks
+        return self.model.tail(self.model(self.tokens, upto=blocks)[self.last], since=blocks)      # (n, V)
+
+
+@torch.no_grad()
+def first_order(model, prompts, parameters, change):
+    """(z, dz), (n, V) each: the logits at `parameters` {name: tensor} and their derivative along `change`,
+
+        z(theta + change) = z + J change + O(change^2),
+
+    in one forward-mode pass: J is never formed. With change = -eta J(x)^T (pi(x) - e_y), the step of SGD on
+    (x, y), this is -eta K(x', x) (pi(x) - e_y); with any other change it is the same theory for any optimizer.
+    """
+    first, (theta, step) = FirstToken(model, prompts), ({f"model.{name}": p for name, p in part.items()}
+                                                        for part in (parameters, change))
+    with sdpa_kernel(SDPBackend.MATH):                      # the fused attentions have no forward mode
+        return jvp(lambda theta: functional_call(first, theta, ()), (theta,), (step,))
+
+
+def tail_sensitivity(model, prompts, l):
+    """(T, elsewhere): T = dz/dh_x (n, V, d), h_x the stream after block l at the last token of a prompt, and
+    the share (n,) of ||dz/dH||^2 that reaches the logits from the stream at the prompt's other tokens."""
+    tokens, targets, _ = collate([(ids + [0], len(ids)) for ids in prompts], model.cos.device)
+    with torch.no_grad():
+        H = model(tokens, upto=l)                                                              # (n, T, d)
+    with torch.enable_grad():
+        h = model.norm(model.blocks(H.requires_grad_(), l, model.config.blocks)[targets >= 0])     # (n, d)
+        D = torch.stack([torch.autograd.grad(h[:, i].sum(), H, retain_graph=True)[0]
+                         for i in range(h.shape[1])], 2)                                # (n, T, d, d of H)
+    last = D[targets >= 0]                                                                     # (n, d, d)
+    elsewhere = 1 - last.square().sum((1, 2)) / D.square().sum((1, 2, 3))
+    return model.lm_head.weight.detach().double() @ last.double(), elsewhere
+
+
+def bilinear(h, products, ridge=0.1):
+    """Q (d, d), positive semi-definite: the h'^T Q h that explains the inner products (n, n) of features.
+
+    Features g(x) that were linear in the state, g = Phi h, would have <g', g> = h'^T Phi^T Phi h. Phi is the
+    ridge regression of g on h, Phi = g^T S with S = h (h^T h + lambda I)^-1; as Q = Phi^T Phi = S^T <g', g> S,
+    the inner products are all it needs. `ridge` is lambda over the mean of ||h||^2.
+    """
+    penalty = ridge * h.square().sum(1).mean() * torch.eye(h.shape[1], dtype=h.dtype, device=h.device)
+    S = h @ torch.linalg.inv(h.T @ h + penalty)                                                     # (n, d)
+    return S.T @ products @ S
+
+
+def proposition_1(model, prompts, l, others):
+    """Both sides of the paper's Proposition 1 for all pairs of prompts, and every term, in a dict:
+
+        ||K(x', x)||_F <= c h_x'^T Q h_x + sqrt(c) tau (||G_x'||_F + ||G_x||_F) + tau^2 + Delta.
+
+    The terms, as we read them (the paper states that they exist, not how to measure them):
+      G_x    dh_x/dtheta over the parameters up to block l; h_x is the stream after it at the last token
+      c      max ||dz/dh_x||_op^2 over the prompts (A1, bounded tail sensitivity)
+      Q      such that <G_x', G_x> = tr(G_x' G_x^T) ~ h_x'^T Q h_x (A2, local linearity), from `bilinear` on
+             `others`, prompts that are not tested
+      Delta  what A2 leaves: c times the most that ||G_x' G_x^T||_F exceeds h_x'^T Q h_x by, among `others`
+      tau    max ||dz/dtheta_tail||_F over the prompts (A3, weak tail updates); 0 when the tail is frozen
+    A4, bounded features, is that ||h_x|| and ||G_x|| have a maximum. `left` and `right` are the two sides with
+    the tail trained, `left_frozen` and `right_frozen` with the tail frozen. (n, n) each, fp64.
+    """
+    K, (h, G) = kernel(model, prompts), states_and_products(model, prompts, l)
+    T, elsewhere = tail_sensitivity(model, prompts, l)
+    below = ["embeddings", *(f"block {i + 1}" for i in range(l))]
+    tail = [group for group in (*K.groups, "head") if group not in below]
+    sensitivity = torch.linalg.matrix_norm(T, 2)                                                       # (n,)
+    c, size = sensitivity.max() ** 2, trace(G).diagonal().sqrt()
+    # ||dz/dtheta_tail||_F^2 = tr K_tail(x, x) = tr(W^T W G_tail) + <h, h> V
+    G_tail, inner = K.pieces(tail)
+    tau = (trace(G_tail @ (K.W.T @ K.W)) + inner * len(K.W)).diagonal().sqrt().max()
+    other_h, other_G = states_and_products(model, others, l)
+    Q = bilinear(other_h, trace(other_G))
+    products = G.square().sum((2, 3)).sqrt()                                                # ||G' G^T||_F
+    gap = other_G.square().sum((2, 3)).sqrt() - other_h @ Q @ other_h.T
+    delta = c * gap.fill_diagonal_(0).max()                                      # pairs of different prompts
+    form = h @ Q @ h.T
+    frozen = c * form + delta
+    crossed = c.sqrt() * tau * (size[:, None] + size[None, :])
+    M = T.transpose(1, 2) @ T                                                                    # (n, d, d)
+    through = (G * (M[:, None] @ G @ M[None])).sum((2, 3)).sqrt()                       # ||T' G' G^T T^T||_F
+    return dict(left=K.norms(), left_frozen=K.norms(below), right=frozen + crossed + tau ** 2,
+                right_frozen=frozen, c=c, Q=Q, tau=tau, delta=delta, h=h, size=size, sensitivity=sensitivity,
+                elsewhere=elsewhere, through=through, products=products, traces=trace(G), form=form,
+                crossed=crossed)
+
+
+def states_and_products(model, prompts, l):
+    """h_x (n, d) and G_x' G_x^T (n, n, d, d), fp64, for G_x = dh_x/dtheta."""
+    h, groups = gradient_products(model, prompts, lambda h: h, l)
+    return h.double(), sum(groups.values())
+
+
+def trace(G):
+    return G.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 # ----------------------------------------------------------------------------------------------------------
