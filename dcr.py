@@ -1,22 +1,27 @@
-"""Contrastive refinement: the losses of the stage that the paper adds before safety tuning.
+"""Contrastive refinement: the kernel that couples prompts, and the losses that part them.
 
-A refusal taught on a toxic prompt x moves every other prompt x' in proportion to their kernel K(x', x). With
-all parameters after block l frozen, the paper bounds that kernel by a bilinear similarity of the states at
-block l (Proposition 1),
+A refusal taught on a toxic prompt x moves every other prompt x' in proportion to their kernel K(x', x): with
+z the logits of the first response token and pi their softmax, a step of size eta on (x, y) makes
+
+    Delta z(x') = -eta K(x', x) (pi(x) - e_y) + O(eta^2),      K(x', x) = dz(x')/dtheta  dz(x)/dtheta^T.
+
+Section 1 computes K, what it predicts, and every term of the paper's bound. With all parameters after block
+l frozen, K is bounded by a bilinear similarity of the states at block l (Proposition 1),
 
     ||K(x', x)||_F  <=  c_l  h_x'^T Q_l h_x  +  Delta,
 
 so refinement makes the h of toxic and of seemingly toxic prompts dissimilar before any refusal is taught.
-The pull within a class and the push between classes is the Circle loss (Sun et al. 2020); two retention
-terms keep the model what it was otherwise. Everything here is a pure function of tensors.
+Section 2 has its losses: the pull within a class and the push between classes is the Circle loss (Sun et al.
+2020), and two retention terms keep the model what it was otherwise.
 
-Read `train.py` next.
+There is no training here. Read `train.py` next; for the losses alone, begin at section 2.
 """
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -65,7 +70,7 @@ def gradient_products(model, prompts, read, l=None, modules=None):
     for (module, a, _), B in zip(calls, zip(*signals)):
         group, G = group_of(named[module]), r.new_zeros(n, n, k, k)
         B, a = torch.stack(B, 1), a.view(n, -1, *a.shape[2:])                   # (n, k, T, out), (n, T, in)
-        if isinstance(module, RMSNorm):                                    # u = gain * a / rms(a), elementwise
+        if isinstance(module, RMSNorm):                                  # u = gain * a / rms(a), elementwise
             a = F.rms_norm(a.float(), module.weight.shape, eps=module.eps)
             g = (B.view(n, k, -1, len(module.weight)) * a.view(n, 1, -1, len(module.weight))).sum(2)
             G += torch.einsum("ipw,jqw->ijpq", g, g)
@@ -75,8 +80,8 @@ def gradient_products(model, prompts, read, l=None, modules=None):
             else:
                 overlap = torch.einsum("itc,jsc->itjs", a, a) + (module.bias is not None)
             for i in range(n):                       # a prompt at a time: another (n, k, T, out) is enough
-                mixed = overlap[i].transpose(0, 1)[:, None] @ B                 # (n, 1, T, T) @ (n, k, T, out)
-                product = B[i].reshape(k, -1) @ mixed.view(n * k, -1).T                   # (k, n k), T and out
+                mixed = overlap[i].transpose(0, 1)[:, None] @ B               # (n, 1, T, T) @ (n, k, T, out)
+                product = B[i].reshape(k, -1) @ mixed.view(n * k, -1).T                 # (k, n k), T and out
                 G[i] = product.view(k, n, k).transpose(0, 1)                              # are summed over
         groups[group] = groups.get(group, 0) + G.double()
     return r.detach(), groups
@@ -159,7 +164,7 @@ def probed_norms(model, prompts, probes=16, seed=0):
         return states[0] @ (W.T @ R)                                                    # R^T z, (n, probes)
     _, groups = gradient_products(model, prompts, read)
     h, R = states[0].detach().double(), R.double()
-    K = sum(groups.values()) + (h @ h.T)[:, :, None, None] * (R.T @ R)                  # (n, n, probes, probes)
+    K = sum(groups.values()) + (h @ h.T)[:, :, None, None] * (R.T @ R)               # (n, n, probes, probes)
     return K[:, :, ~torch.eye(probes, dtype=torch.bool, device=W.device)].square().mean(-1).sqrt()
 
 
@@ -183,7 +188,7 @@ def first_order(model, prompts, parameters, change):
         z(theta + change) = z + J change + O(change^2),
 
     in one forward-mode pass: J is never formed. With change = -eta J(x)^T (pi(x) - e_y), the step of SGD on
-    (x, y), this is -eta K(x', x) (pi(x) - e_y); with any other change it is the same theory for any optimizer.
+    (x, y), this is -eta K(x', x) (pi(x) - e_y); with another change it is the same theory for any optimizer.
     """
     first, (theta, step) = FirstToken(model, prompts), ({f"model.{name}": p for name, p in part.items()}
                                                         for part in (parameters, change))
@@ -210,8 +215,8 @@ def bilinear(h, products, ridge=0.1):
     """Q (d, d), positive semi-definite: the h'^T Q h that explains the inner products (n, n) of features.
 
     Features g(x) that were linear in the state, g = Phi h, would have <g', g> = h'^T Phi^T Phi h. Phi is the
-    ridge regression of g on h, Phi = g^T S with S = h (h^T h + lambda I)^-1; as Q = Phi^T Phi = S^T <g', g> S,
-    the inner products are all it needs. `ridge` is lambda over the mean of ||h||^2.
+    ridge regression of g on h, Phi = g^T S with S = h (h^T h + lambda I)^-1; then Q = Phi^T Phi = S^T <g', g> S
+    needs the inner products alone. `ridge` is lambda over the mean of ||h||^2.
     """
     penalty = ridge * h.square().sum(1).mean() * torch.eye(h.shape[1], dtype=h.dtype, device=h.device)
     S = h @ torch.linalg.inv(h.T @ h + penalty)                                                     # (n, d)
@@ -230,8 +235,8 @@ def proposition_1(model, prompts, l, others):
              `others`, prompts that are not tested
       Delta  what A2 leaves: c times the most that ||G_x' G_x^T||_F exceeds h_x'^T Q h_x by, among `others`
       tau    max ||dz/dtheta_tail||_F over the prompts (A3, weak tail updates); 0 when the tail is frozen
-    A4, bounded features, is that ||h_x|| and ||G_x|| have a maximum. `left` and `right` are the two sides with
-    the tail trained, `left_frozen` and `right_frozen` with the tail frozen. (n, n) each, fp64.
+    A4, bounded features, is that ||h_x|| and ||G_x|| have a maximum. `left` and `right` are the two sides
+    with the tail trained, `left_frozen` and `right_frozen` with it frozen. (n, n) each, fp64.
     """
     K, (h, G) = kernel(model, prompts), states_and_products(model, prompts, l)
     T, elsewhere = tail_sensitivity(model, prompts, l)
@@ -271,7 +276,11 @@ def trace(G):
 # ----------------------------------------------------------------------------------------------------------
 # 2. The losses: what parts them
 
-def circle_loss(features, labels, margin=0.25, gamma=32.0):
+DENSE = 128 * 128          # up to this many pairs the similarities are written out as one matrix,
+TILE = 512                 # beyond that never more than these rows and columns at a time (a GPU: 8 times)
+
+
+def circle_loss(features, labels, references=None, reference_labels=None, margin=0.25, gamma=32.0, own=None):
     """The Circle loss of features (N, d) with integer labels (N,), a scalar (Sun et al. 2020).
 
     Every row is an anchor once. With s_p its cosine similarities to the others of its class (positives) and
@@ -284,25 +293,115 @@ def circle_loss(features, labels, margin=0.25, gamma=32.0):
     the mean over the anchors that have a positive and a negative; a zero with a graph when there are none.
     Computed in fp32, or in fp64 for fp64 features, whatever the autocast.
 
+    Positives and negatives are looked for among `references` (M, d) with `reference_labels` (M,), a memory
+    bank or the batches of other workers; without them, among the anchors. If the anchors are rows own,
+    own + 1, ... of the references, say so, and none is compared with itself. ValueError for other shapes.
+
     The value may rise while the classes part: for s_n > -m, a_n (s_n - m) = s_n^2 - m^2 has its minimum at
     0. Watch the similarities.
     """
-    x = features if features.dtype == torch.float64 else features.float()
-    with torch.autocast(x.device.type, enabled=False):
-        x = F.normalize(x, dim=1)
-        s = x @ x.T                                                            # (N, N) cosines
-        same = labels[:, None] == labels[None, :]
-        positive = same & ~torch.eye(len(x), dtype=torch.bool, device=x.device)  # not itself
-        a_p, a_n = (1 + margin - s.detach()).relu(), (s.detach() + margin).relu()
-        # the most negative finite number, not -inf: a row without positives then has no inf - inf anywhere
-        nothing = torch.finfo(s.dtype).min
-        l_p = (-gamma * a_p * (s - (1 - margin))).masked_fill(~positive, nothing)
-        l_n = (gamma * a_n * (s - margin)).masked_fill(same, nothing)
-        log_sums = l_p.logsumexp(1) + l_n.logsumexp(1)                         # (N,)
+    if (references is None) != (reference_labels is None):
+        raise ValueError("references and reference_labels come together")
+    for x, y in ((features, labels), (features if references is None else references,
+                                      labels if references is None else reference_labels)):
+        if x.dim() != 2 or y.shape != x.shape[:1] or x.shape[1] != features.shape[1]:
+            raise ValueError(f"features {tuple(x.shape)} with labels {tuple(y.shape)}: they should be (N, d) "
+                             "and (N,), those of references (M, d) and (M,)")
+    with torch.autocast(features.device.type, enabled=False):
+        x = F.normalize(features if features.dtype == torch.float64 else features.float(), dim=1)
+        y, own = (None, 0) if references is None else (F.normalize(references.to(x.dtype), dim=1), own)
+        few = len(x) * len(x if y is None else y) <= DENSE
+        log_sums = dense_log_sums if few else TiledLogSums.apply
+        L_p, L_n = log_sums(x, y, labels, reference_labels, margin, gamma, own)                  # (N,) each
         # log(1 + e^x) to the last digit; F.softplus returns x from x = 20 on
-        loss = torch.logaddexp(log_sums, torch.zeros_like(log_sums))
-        counts = positive.any(1) & ~same.all(1)
+        loss = torch.logaddexp(L_p + L_n, torch.zeros_like(L_p))
+        counts = (torch.minimum(L_p, L_n) > torch.finfo(x.dtype).min / 2)          # no sum was without terms
         return (loss * counts).sum() / counts.sum().clamp(min=1)
+
+
+def dense_log_sums(x, y, labels, reference_labels, m, gamma, own):
+    """log sum_p exp(-gamma a_p (s_p - (1 - m))) and log sum_n exp(gamma a_n (s_n - m)) of each anchor, by the
+    definition; for a sum without terms the least finite number. y None: among themselves."""
+    y, reference_labels = (x, labels) if y is None else (y, reference_labels)
+    s = x @ y.T                                                                # (N, M) cosines
+    same = labels[:, None] == reference_labels[None, :]
+    positive = same
+    if own is not None:
+        row, column = (torch.arange(len(z), device=x.device) for z in (x, y))
+        positive = same & (row[:, None] + own != column)                       # not itself
+    a_p, a_n = (1 + m - s.detach()).relu(), (s.detach() + m).relu()
+    # the most negative finite number, not -inf: a row without positives then has no inf - inf anywhere
+    nothing = torch.finfo(s.dtype).min
+    l_p = (-gamma * a_p * (s - (1 - m))).masked_fill(~positive, nothing)
+    l_n = (gamma * a_n * (s - m)).masked_fill(same, nothing)
+    return l_p.logsumexp(1), l_n.logsumexp(1)
+
+
+class TiledLogSums(torch.autograd.Function):
+    """`dense_log_sums` without the matrix: it is walked in tiles that stay in the cache, and walked again for
+    the gradient. Memory O((N + M) d + tile^2), so the batch may be as large as its features allow.
+
+    Cosines are at most 1, so each weight makes a square of its pair. With t = s - 1 for a positive and
+    t = max(s, -m) for a negative,
+
+        -gamma a_p (s - (1 - m)) = gamma (t^2 - m^2)          d/ds, a_p held:  -gamma a_p = gamma (t - m)
+         gamma a_n (s - m)       = gamma (t^2 - m^2)          d/ds, a_n held:   gamma a_n = gamma (t + m)
+
+    A log-sum L's gradient is the softmax exp(l - L) times dl/ds. If W holds these products times what comes
+    back to L, then, as s = x y^T, the gradients are W y for x and W^T x for y: two matrix products.
+    """
+
+    @staticmethod
+    def forward(ctx, x, y, labels, reference_labels, m, gamma, own):
+        ctx.save_for_backward(x, y, labels, reference_labels)
+        y, reference_labels = (x, labels) if y is None else (y, reference_labels)
+        ctx.knobs, nothing = (m, gamma, own), torch.finfo(x.dtype).min
+        L_p, L_n = (x.new_full((len(x),), nothing) for _ in range(2))
+        for I, J, t, same in tiles(x, y, labels, reference_labels, m):
+            l = gamma * t.square_() - gamma * m * m
+            l_p, l_n = l.masked_fill(~same, nothing), l.masked_fill_(same, nothing)
+            if own is not None:
+                l_p.diagonal(own + I.start - J.start).fill_(nothing)
+            for L, l in ((L_p, l_p), (L_n, l_n)):
+                most = torch.maximum(l.amax(1), L[I])                                          # (tile,)
+                terms = exp(l.sub_(most[:, None])).sum(1) + exp(L[I] - most)
+                L[I] = torch.where(most > nothing, most + terms.log(), nothing)
+        ctx.log_sums = L_p, L_n
+        return L_p, L_n
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, to_p, to_n):
+        (x, y, labels, reference_labels), (m, gamma, own) = ctx.saved_tensors, ctx.knobs
+        (L_p, L_n), to_x = ctx.log_sums, torch.zeros_like(x)
+        among = y is None                              # x is both sides, and gets what comes back to either
+        y, reference_labels, to_y = (x, labels, to_x) if among else (y, reference_labels, torch.zeros_like(y))
+        for I, J, t, same in tiles(x, y, labels, reference_labels, m):
+            def either(p, n):
+                return torch.where(same, p[I, None], n[I, None])
+            W = exp((gamma * t.square() - gamma * m * m).sub_(either(L_p, L_n)))
+            W *= torch.where(same, t - m, t + m)
+            W *= either(gamma * to_p, gamma * to_n)
+            if own is not None:
+                W.diagonal(own + I.start - J.start).zero_()
+            to_x[I].addmm_(W, y[J])
+            to_y[J].addmm_(W.T, x[I])
+        return to_x, None if among else to_y, None, None, None, None, None
+
+
+def tiles(x, y, labels, reference_labels, m):
+    """Yields rows I, columns J, t (tile, tile) and where the classes are the same, of every tile."""
+    size = TILE if x.is_cpu else 8 * TILE          # what a CPU's cache holds; enough for a GPU to be busy
+    for i in range(0, len(x), size):
+        for j in range(0, len(y), size):
+            I, J = slice(i, i + size), slice(j, j + size)
+            s, same = x[I] @ y[J].T, labels[I, None] == reference_labels[J]
+            yield I, J, torch.where(same, s - 1, s.clamp(min=-m)), same
+
+
+def exp(x):
+    """e^x in place, at least e^-80: smaller results, no normal floats, take a CPU 50 times as long."""
+    return x.clamp_(min=-80).exp_()
 
 
 def forgetting(logits, base_logits):

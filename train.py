@@ -319,7 +319,7 @@ def refine(name, base, run, shuffled):
             hidden = model(tokens, upto=l, cache=packed)                          # (B, T, width)
             with torch.no_grad():
                 base_hidden = base(tokens, upto=l, cache=packed)
-            value = circle_loss(states - centre, labels, s.margin, s.gamma)
+            value = circle_loss(states - centre, labels, margin=s.margin, gamma=s.gamma)
             value = value + s.still * drift(hidden[used], base_hidden[used], mean)
             if s.keep:
                 with torch.no_grad():

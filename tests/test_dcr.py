@@ -1,12 +1,23 @@
 """What `dcr.py` claims: the Circle loss is its definition, its gradient takes the weights as constants, and
-nothing that should not matter does; the two retention terms vanish at the base."""
+nothing that should not matter does; the two retention terms vanish at the base.
+
+Every test of the loss is run twice: on the matrix of similarities, and on tiles of 5 by 5."""
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import dcr
 from dcr import circle_loss, drift, forgetting
+
+
+@pytest.fixture(params=["dense", "tiled"], autouse=True)
+def form(request, monkeypatch):
+    monkeypatch.setattr(dcr, "DENSE", {"dense": 1e9, "tiled": 0}[request.param])
+    monkeypatch.setattr(dcr, "TILE", 5)
+    return request.param
 
 
 def some_features(n=12, d=5, classes=2, dtype=torch.float64, seed=0):
@@ -48,22 +59,22 @@ def test_circle_loss_is_its_definition_pair_by_pair(m, gamma, classes):
     torch's softplus would not do: beyond 20 it takes log(1 + e^x) for x."""
     features, labels = some_features(classes=classes)
     expected = naive(features, labels, m, gamma)
-    assert torch.allclose(circle_loss(features, labels, m, gamma), expected, rtol=1e-12, atol=0)
-    single = circle_loss(features.float(), labels, m, gamma)
+    assert torch.allclose(circle_loss(features, labels, margin=m, gamma=gamma), expected, rtol=1e-12, atol=0)
+    single = circle_loss(features.float(), labels, margin=m, gamma=gamma)
     assert single.dtype == torch.float32 and torch.allclose(single.double(), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("m, gamma, value", [(0.25, 256.0, 176.0280751016), (0.4, 80.0, 39.4087734693)])
 def test_golden_values(m, gamma, value):
     """From another implementation: five unit vectors 20 degrees apart, the last one alone in its class."""
-    loss = circle_loss(at_angles(0, 20, 40, 60, 80), torch.tensor([0, 0, 1, 1, 2]), m, gamma)
+    loss = circle_loss(at_angles(0, 20, 40, 60, 80), torch.tensor([0, 0, 1, 1, 2]), margin=m, gamma=gamma)
     assert loss.item() == pytest.approx(value, abs=1e-9)
 
 
 def test_golden_gradient_by_angle():
     angles = (torch.tensor([0, 20, 40, 60, 80.0], dtype=torch.float64) * math.pi / 180).requires_grad_()
     features = torch.stack((angles.cos(), angles.sin()), 1)
-    circle_loss(features, torch.tensor([0, 0, 1, 1, 2]), 0.4, 80.0).backward()
+    circle_loss(features, torch.tensor([0, 0, 1, 1, 2]), margin=0.4, gamma=80.0).backward()
     golden = [8.69300258, 24.62545032, -39.61582873, 15.46141307, -9.16403724]
     assert angles.grad.tolist() == pytest.approx(golden, abs=1e-7)
 
@@ -73,7 +84,7 @@ def test_the_gradient_is_the_closed_form_with_constant_weights():
     a gradient through the weights would be nearly twice that for some pairs."""
     m, gamma, (features, labels) = 0.25, 8.0, some_features(n=8, classes=2)
     features.requires_grad_()
-    circle_loss(features, labels, m, gamma).backward()
+    circle_loss(features, labels, margin=m, gamma=gamma).backward()
     with torch.no_grad():
         n, length = len(features), features.norm(dim=1, keepdim=True)
         unit = features / length
@@ -103,7 +114,8 @@ def test_circle_loss_is_that_of_pytorch_metric_learning(classes):
     losses = pytest.importorskip("pytorch_metric_learning.losses")
     features, labels = some_features(n=24, d=8, classes=classes, dtype=torch.float32)
     ours, theirs = features.clone().requires_grad_(), features.clone().requires_grad_()
-    value, expected = circle_loss(ours, labels, 0.4, 80.0), losses.CircleLoss(m=0.4, gamma=80)(theirs, labels)
+    value = circle_loss(ours, labels, margin=0.4, gamma=80.0)
+    expected = losses.CircleLoss(m=0.4, gamma=80)(theirs, labels)
     value.backward()
     expected.backward()
     assert torch.allclose(value, expected, rtol=1e-5)
@@ -130,17 +142,17 @@ def test_the_value_can_rise_while_the_classes_part():
 
     def loss(c):
         apart = math.degrees(math.acos(c))
-        return circle_loss(at_angles(0, 0, apart, apart), labels, 0.25, 32.0).item()
+        return circle_loss(at_angles(0, 0, apart, apart), labels, gamma=32.0).item()
     for c in (0.2, 0.0, -0.2):
         assert loss(c) == pytest.approx(math.log(1 + 2 * math.exp(32 * (c * c - 2 * 0.25 ** 2))), rel=1e-9)
     assert loss(-0.2) == pytest.approx(loss(0.2)) and loss(-0.2) > loss(0.0)
     features = at_angles(0, 0, 100, 100).requires_grad_()
-    value = circle_loss(features, labels, 0.25, 32.0)
+    value = circle_loss(features, labels, gamma=32.0)
     value.backward()
     with torch.no_grad():
         stepped = features - 0.02 * features.grad
         assert F.cosine_similarity(stepped[0], stepped[2], dim=0) < math.cos(math.radians(100))
-        assert circle_loss(stepped, labels, 0.25, 32.0) > value
+        assert circle_loss(stepped, labels, gamma=32.0) > value
 
 
 def test_a_step_joins_what_belongs_together_and_parts_what_does_not():
@@ -167,7 +179,7 @@ def test_anchors_without_positive_or_without_negative_do_not_count():
     single = torch.tensor([0, 0, 1, 2, 3])               # only the first two have positives
     for labels in (alone, single):
         expected = naive(features, labels, 0.25, 32.0)
-        assert torch.allclose(circle_loss(features, labels, 0.25, 32.0), expected, rtol=1e-12)
+        assert torch.allclose(circle_loss(features, labels, gamma=32.0), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("labels", [[0, 0, 0, 0], [0, 1, 2, 3], [0, 1], [0]])
@@ -186,7 +198,7 @@ def test_neither_value_nor_gradient_overflows(gamma):
     features = torch.cat((features, features[:2]))       # equal vectors, in the same class
     labels = torch.cat((labels, labels[:2]))
     features.requires_grad_()
-    loss = circle_loss(features, labels, 0.25, gamma)
+    loss = circle_loss(features, labels, gamma=gamma)
     loss.backward()
     assert loss.isfinite() and features.grad.isfinite().all() and features.grad.abs().max() > 0
 
@@ -208,6 +220,88 @@ def test_bf16_features_are_compared_in_fp32(autocast):
         loss = circle_loss(features, labels)
         assert torch.equal(circle_loss(features.float(), labels), expected)
     assert loss.dtype == torch.float32 and torch.equal(loss, expected)
+
+
+# ----------------------------------------------------------------------------------------- at any batch size
+
+def value_and_gradient(monkeypatch, dense, x, *args, **kwargs):
+    monkeypatch.setattr(dcr, "DENSE", 1e9 * dense)
+    x = x.clone().requires_grad_()
+    loss = circle_loss(x, *args, **kwargs)
+    loss.backward()
+    return loss.detach(), x.grad
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("classes", [2, 7, 40])
+def test_tiles_give_the_value_and_the_gradient_of_the_matrix(dtype, error, classes, monkeypatch):
+    """53 is no multiple of 5, and of 40 classes some rows have no positive. Tested in units of the largest
+    gradient. The gradient itself is a sum of 53 terms that cancel."""
+    x, labels = some_features(n=53, d=6, classes=classes, dtype=dtype)
+    expected, gradient = value_and_gradient(monkeypatch, True, x, labels)
+    value, tiled = value_and_gradient(monkeypatch, False, x, labels)
+    assert torch.allclose(value, expected, rtol=error, atol=0)
+    assert (tiled - gradient).abs().max() < 4 * error * gradient.abs().max()
+
+
+def test_references_are_what_anchors_are_compared_with(form):
+    """A memory bank is compared with, but has no losses of its own. `own` says where in the references the
+    anchors stand; without it each is a positive of itself, with s_p = 1 but a_p = m, not 0."""
+    x, labels = some_features(n=20, d=5, classes=3)
+    whole = circle_loss(x, labels)
+    assert torch.allclose(whole, circle_loss(x, labels, x, labels, own=0), rtol=1e-12)
+    assert circle_loss(x, labels, x, labels, gamma=1.0) > 1.005 * circle_loss(x, labels, gamma=1.0)
+    bank, of_bank = x[:9], labels[:9]
+    s = F.normalize(bank, dim=1) @ F.normalize(x[9], dim=0)
+    p, n = s[of_bank == labels[9]], s[of_bank != labels[9]]
+    hard_n, hard_p = 32 * (n + 0.25).relu() * (n - 0.25), -32 * (1.25 - p) * (p - 0.75)
+    expected = torch.log1p(hard_n.exp().sum() * hard_p.exp().sum())
+    assert torch.allclose(circle_loss(x[9:10], labels[9:10], bank, of_bank), expected, rtol=1e-12)
+
+
+def test_workers_that_share_their_features_get_the_gradient_of_the_whole_batch(form):
+    """Each worker is the anchors of its half, all are references: the mean over workers is the loss."""
+    x, labels = some_features(n=14, d=5)
+    x.requires_grad_()
+    whole, = torch.autograd.grad(circle_loss(x, labels), x)
+    halves = [circle_loss(x[i:i + 7], labels[i:i + 7], x, labels, own=i) for i in (0, 7)]
+    parts, = torch.autograd.grad(sum(halves) / 2, x)
+    assert torch.allclose(parts, whole, rtol=1e-10, atol=1e-14)
+
+
+def test_no_tensor_of_all_pairs_is_ever_made(form):
+    """The point of tiles. The largest tensor of a step on 300 rows: the features, 300 x 8."""
+    x, labels = some_features(n=300, d=8, dtype=torch.float32)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, (tuple, list)) else [result]:
+                largest = max(largest, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
+            return result
+    with Watch():
+        circle_loss(x.requires_grad_(), labels).backward()
+    assert largest == {"dense": 300 * 300, "tiled": 300 * 8}[form]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiler_takes_it_whole(backend):
+    """fullgraph: a graph break, or a question to the device about a value, would be an error."""
+    x, labels = some_features(n=12, d=5)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    torch._dynamo.reset()
+    torch.compile(circle_loss, backend=backend, fullgraph=True)(a, labels).backward()
+    circle_loss(b, labels).backward()
+    assert torch.allclose(a.grad, b.grad, rtol=1e-10, atol=1e-14)
+
+
+def test_what_does_not_fit_is_named():
+    x, labels = some_features()
+    for wrong in ((x, labels[1:]), (x[0], labels), (x, labels, x), (x, labels, x[:, 1:], labels)):
+        with pytest.raises(ValueError, match="references and|should be"):
+            circle_loss(*wrong)
 
 
 # -------------------------------------------------------------------------------------------------- retention

@@ -157,11 +157,11 @@ def classes_of_refinement(model, run, shuffled, monkeypatch):
         batches.append([tuple(ids) for ids in prompts])
         return last_states(model, prompts, l)
 
-    def watch_labels(states, labels, *knobs):
+    def watch_labels(states, labels, **knobs):
         for ids, label in zip(batches[-1], labels.tolist(), strict=True):
             by_label[label].add(ids)
         assert labels.tolist().count(0) == labels.tolist().count(1)     # balanced in every batch
-        return circle_loss(states, labels, *knobs)
+        return circle_loss(states, labels, **knobs)
     with monkeypatch.context() as patch:
         patch.setattr(train.evaluation, "last_states", watch_prompts)
         patch.setattr(train, "circle_loss", watch_labels)
