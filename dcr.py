@@ -215,8 +215,8 @@ def bilinear(h, products, ridge=0.1):
     """Q (d, d), positive semi-definite: the h'^T Q h that explains the inner products (n, n) of features.
 
     Features g(x) that were linear in the state, g = Phi h, would have <g', g> = h'^T Phi^T Phi h. Phi is the
-    ridge regression of g on h, Phi = g^T S with S = h (h^T h + lambda I)^-1; then Q = Phi^T Phi = S^T <g', g> S
-    needs the inner products alone. `ridge` is lambda over the mean of ||h||^2.
+    ridge regression of g on h, Phi = g^T S with S = h (h^T h + lambda I)^-1, and then Q = Phi^T Phi =
+    S^T <g', g> S needs the inner products alone. `ridge` is lambda over the mean of ||h||^2.
     """
     penalty = ridge * h.square().sum(1).mean() * torch.eye(h.shape[1], dtype=h.dtype, device=h.device)
     S = h @ torch.linalg.inv(h.T @ h + penalty)                                                     # (n, d)
@@ -348,13 +348,14 @@ class TiledLogSums(torch.autograd.Function):
          gamma a_n (s - m)       = gamma (t^2 - m^2)          d/ds, a_n held:   gamma a_n = gamma (t + m)
 
     A log-sum L's gradient is the softmax exp(l - L) times dl/ds. If W holds these products times what comes
-    back to L, then, as s = x y^T, the gradients are W y for x and W^T x for y: two matrix products.
+    back to L, then, as s = x y^T, the gradients are W y for x and W^T x for y: two matrix products. Among
+    themselves (y None) s_ij = s_ji, so half the tiles serve both anchors, with axis 1 for those of the rows I
+    and axis 0 for those of the columns J.
     """
 
     @staticmethod
     def forward(ctx, x, y, labels, reference_labels, m, gamma, own):
         ctx.save_for_backward(x, y, labels, reference_labels)
-        y, reference_labels = (x, labels) if y is None else (y, reference_labels)
         ctx.knobs, nothing = (m, gamma, own), torch.finfo(x.dtype).min
         L_p, L_n = (x.new_full((len(x),), nothing) for _ in range(2))
         for I, J, t, same in tiles(x, y, labels, reference_labels, m):
@@ -362,10 +363,11 @@ class TiledLogSums(torch.autograd.Function):
             l_p, l_n = l.masked_fill(~same, nothing), l.masked_fill_(same, nothing)
             if own is not None:
                 l_p.diagonal(own + I.start - J.start).fill_(nothing)
-            for L, l in ((L_p, l_p), (L_n, l_n)):
-                most = torch.maximum(l.amax(1), L[I])                                          # (tile,)
-                terms = exp(l.sub_(most[:, None])).sum(1) + exp(L[I] - most)
-                L[I] = torch.where(most > nothing, most + terms.log(), nothing)
+            for anchors, axis in ((I, 1), (J, 0)) if y is None and I != J else ((I, 1),):
+                for L, l in ((L_p, l_p), (L_n, l_n)):
+                    most = torch.maximum(l.amax(axis), L[anchors])
+                    terms = exp(l - most.unsqueeze(axis)).sum(axis) + exp(L[anchors] - most)
+                    L[anchors] = torch.where(most > nothing, most + terms.log(), nothing)
         ctx.log_sums = L_p, L_n
         return L_p, L_n
 
@@ -373,27 +375,32 @@ class TiledLogSums(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, to_p, to_n):
         (x, y, labels, reference_labels), (m, gamma, own) = ctx.saved_tensors, ctx.knobs
-        (L_p, L_n), to_x = ctx.log_sums, torch.zeros_like(x)
-        among = y is None                              # x is both sides, and gets what comes back to either
-        y, reference_labels, to_y = (x, labels, to_x) if among else (y, reference_labels, torch.zeros_like(y))
+        (L_p, L_n), among = ctx.log_sums, y is None
+        to_x = torch.zeros_like(x)
+        to_y = to_x if among else torch.zeros_like(y)             # x is both sides and gets what is for either
         for I, J, t, same in tiles(x, y, labels, reference_labels, m):
-            def either(p, n):
-                return torch.where(same, p[I, None], n[I, None])
-            W = exp((gamma * t.square() - gamma * m * m).sub_(either(L_p, L_n)))
+            l, W = gamma * t.square() - gamma * m * m, 0
+            for anchors, axis in ((I, 1), (J, 0)) if among else ((I, 1),):
+                def either(p, n):
+                    return torch.where(same, p[anchors].unsqueeze(axis), n[anchors].unsqueeze(axis))
+                W = W + exp(l - either(L_p, L_n)).mul_(either(gamma * to_p, gamma * to_n))
             W *= torch.where(same, t - m, t + m)
-            W *= either(gamma * to_p, gamma * to_n)
             if own is not None:
                 W.diagonal(own + I.start - J.start).zero_()
-            to_x[I].addmm_(W, y[J])
-            to_y[J].addmm_(W.T, x[I])
+            to_x[I].addmm_(W, (x if among else y)[J])
+            if not (among and I == J):
+                to_y[J].addmm_(W.T, x[I])
         return to_x, None if among else to_y, None, None, None, None, None
 
 
 def tiles(x, y, labels, reference_labels, m):
-    """Yields rows I, columns J, t (tile, tile) and where the classes are the same, of every tile."""
+    """Yields rows I, columns J, t (tile, tile) and where the classes are the same, of every tile; with y None
+    of those on and above the diagonal."""
     size = TILE if x.is_cpu else 8 * TILE          # what a CPU's cache holds; enough for a GPU to be busy
+    among = y is None
+    y, reference_labels = (x, labels) if among else (y, reference_labels)
     for i in range(0, len(x), size):
-        for j in range(0, len(y), size):
+        for j in range(i if among else 0, len(y), size):
             I, J = slice(i, i + size), slice(j, j + size)
             s, same = x[I] @ y[J].T, labels[I, None] == reference_labels[J]
             yield I, J, torch.where(same, s - 1, s.clamp(min=-m)), same

@@ -334,18 +334,22 @@ def refine(name, base, run, shuffled):
     return model, log
 
 
+def finished(run, name, make):
+    """(model, log) of a stage: from its checkpoint if there is one, else make() -> (model, log), kept there."""
+    folder = run.folder / name
+    if (folder / "config.json").exists():          # written last, so everything else is there too
+        return GPT.from_pretrained(folder).to(run.device), json.loads((folder / "log.json").read_text())
+    model, log = make()
+    write(folder / "log.json", lambda f: f.write(json.dumps(log).encode()))
+    model.save_pretrained(folder)
+    (run.folder / f"{name}.state").unlink(missing_ok=True)
+    return model, log
+
+
 def run_seed(run, results):
     """All stages of one seed, in order; what is on disk already is loaded, what is evaluated not again."""
     def stage(name, make):
-        folder = run.folder / name
-        if (folder / "config.json").exists():          # written last, so everything else is there too
-            model = GPT.from_pretrained(folder).to(run.device)
-            log = json.loads((folder / "log.json").read_text())
-        else:
-            model, log = make()
-            write(folder / "log.json", lambda f: f.write(json.dumps(log).encode()))
-            model.save_pretrained(folder)
-            (run.folder / f"{name}.state").unlink(missing_ok=True)
+        model, log = finished(run, name, make)
         run.check_lengths(model.config.context)
         evaluated = {(row["method"], row["seed"]) for row in results["rows"]}
         if (name, run.seed) not in evaluated:
