@@ -410,7 +410,7 @@ def figure_compliance(results):
         if len(x):
             ax.scatter(x, y, s=22, color=colour, alpha=0.6, linewidths=0)
             ax.scatter(x.mean(), y.mean(), s=90, color=colour, edgecolor="white", zorder=3)
-            below = method == "STL-aug"                    # it lands beside DCR: put its name lower
+            below = method in ("STL-aug", "DCR-shuffled")  # they land beside DCR and STL: put names lower
             ax.annotate(method, (x.mean(), y.mean()), (-10 if x.mean() > 50 else 10, -17 if below else -3),
                         textcoords="offset points", ha="right" if x.mean() > 50 else "left",
                         color=colour, weight="bold")

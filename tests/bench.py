@@ -74,23 +74,24 @@ def circle(quick):
                 return work
             theirs_fits = DEVICE == "cpu" or N <= 32768                # 59 bytes a pair: 63 GB at 32,768
             peers = {"pytorch-metric-learning": theirs} if theirs_fits else {}
-            yield f"Circle loss, N = {N:,}, d = {d}", 5, {"ours": ours, **peers, "bare products": products}
+            yield f"Circle loss, N = {N:,}, d = {d}", 7, {"ours": ours, **peers, "bare products": products}
 
 
 def llama(config):
     from transformers import LlamaConfig, LlamaForCausalLM
     c = LlamaConfig(vocab_size=config.vocab_size, hidden_size=config.width, intermediate_size=config.hidden,
                     num_hidden_layers=config.blocks, num_attention_heads=config.heads,
-                    num_key_value_heads=config.kv_heads, head_dim=config.head_width, rms_norm_eps=config.norm_eps,
-                    max_position_embeddings=config.context, tie_word_embeddings=config.tied,
-                    bos_token_id=None, eos_token_id=None, pad_token_id=0, attn_implementation="sdpa")
+                    num_key_value_heads=config.kv_heads, head_dim=config.head_width,
+                    rms_norm_eps=config.norm_eps, max_position_embeddings=config.context,
+                    tie_word_embeddings=config.tied, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+                    attn_implementation="sdpa")
     return LlamaForCausalLM(c).to(DEVICE)
 
 
 def step(quick):
-    """Once on a full rectangle of tokens, every one with a target: the network alone. Once on exchanges of mixed
-    lengths, where the answers teach: ours as `train.sft_loss` does it, packed and with the head where it is
-    due; theirs the usual way, padded, with labels of -100."""
+    """Once on a full rectangle of tokens, every one with a target: the network alone. Once on exchanges of
+    mixed lengths, where the answers teach: ours as `train.sft_loss` does it, packed and with the head where
+    it is due; theirs the usual way, padded, with labels of -100."""
     many = {"cpu": {"small GPT": (SMALL, 64), "SmolLM2-135M": (SMOLLM2, 4)},
             "cuda": {"small GPT": (SMALL, 512), "SmolLM2-135M": (SMOLLM2, 64)}}[DEVICE]
     run = SimpleNamespace(device=DEVICE, autocast=lambda: torch.autocast(DEVICE, torch.bfloat16,
@@ -98,8 +99,9 @@ def step(quick):
     for name, (config, B) in list(many.items())[:1 if quick else 2]:
         T = 24 if config is SMALL else 128
         rectangle = torch.randint(1, config.vocab_size, (B, T + 1))
-        exchanges = [(torch.randint(1, config.vocab_size, (T // 2 + 5 * i % T + 4,)).tolist(), T // 3 + 3 * i % T // 2)
-                     for i in range(B)]                                        # (ids, first of the answer)
+        shapes = [(T // 2 + 5 * i % T + 4, T // 3 + 3 * i % T // 2) for i in range(B)]
+        exchanges = [(torch.randint(1, config.vocab_size, (length,)).tolist(), first_of_answer)
+                     for length, first_of_answer in shapes]
         longest = max(len(ids) for ids, _ in exchanges)
         padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in exchanges])
         labels = torch.tensor([[-100] * first + ids[first:] + [-100] * (longest - len(ids))
@@ -111,7 +113,8 @@ def step(quick):
                 def ours(model):
                     if what == "exchanges":
                         return sft_loss(model, sequences, run)[0]
-                    return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1).float(), tokens[:, 1:].flatten())
+                    logits = model(tokens[:, :-1])
+                    return F.cross_entropy(logits.flatten(0, 1).float(), targets[:, 1:].flatten())
 
                 def theirs(model):
                     logits = model(tokens[:, :-1]).logits
@@ -134,7 +137,7 @@ def step(quick):
                     return start
                 tokens, targets = tokens.to(DEVICE), targets.to(DEVICE)
                 yield (f"training step, {name}, {what}, {sum(len(ids) - 1 for ids, _ in sequences):,} tokens"
-                       f"{', compiled' if compiled else ''}", 30 if config is SMALL else 5,
+                       f"{', compiled' if compiled else ''}", 30 if config is SMALL else 7,
                        {"ours": training(lambda config: GPT(config).to(DEVICE), ours),
                         "transformers": training(llama, theirs)})
 
@@ -157,8 +160,8 @@ def generation(quick):
             ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts()], device=DEVICE)
             mask = torch.tensor([[0] * (longest - n) + [1] * n for n in lengths], device=DEVICE)
             return lambda: model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False)
-        yield f"64 prompts, {new} new tokens, {name}", 5 if config is SMALL else 3, {"ours": ours,
-                                                                                    "transformers": theirs}
+        yield (f"64 prompts, {new} new tokens, {name}", 15 if config is SMALL else 3,
+               {"ours": ours, "transformers": theirs})
 
 
 def kernels(quick):
@@ -174,7 +177,7 @@ def kernels(quick):
 
     def theirs():                                # one pair: two Jacobians, their product and its norm
         return lambda: (jacobian(prompts[0]).detach() @ jacobian(prompts[8]).detach().T).norm()
-    # for all pairs it takes 15 Jacobians, if they can be kept (36 GB), and 120 products: at least 7.5 times that
+    # all pairs take 15 Jacobians, if they can be kept (36 GB), and 120 products: at least 7.5 times as long
     yield "kernel norms of 15 prompts (theirs: 2 prompts)", 1 if quick else 2, {
         "ours": lambda: lambda: kernel_norms(model, prompts), "torch.func": theirs}
 
@@ -213,7 +216,8 @@ def memory_here(work):
 def memory(section, name, who):
     if DEVICE == "cpu" and not Path("/proc/self/clear_refs").exists():
         return None
-    child = subprocess.run([sys.executable, __file__, "--memory", section, name, who], capture_output=True, text=True)
+    child = subprocess.run([sys.executable, __file__, "--memory", section, name, who], capture_output=True,
+                           text=True)
     return int(child.stdout.split()[-1]) if child.returncode == 0 else None
 
 
@@ -227,7 +231,8 @@ def measure(section, quick):
                 continue
             works[who], times[who] = make(), []
             try:
-                works[who]()                                                                   # warm-up
+                for _ in range(1 if repeats < 5 else 3):                                       # warm-up
+                    works[who]()
             except torch.cuda.OutOfMemoryError:
                 print(f"{who} runs out of memory at: {name}", file=sys.stderr)
                 del works[who]
@@ -244,7 +249,7 @@ def table(rows):
         peers = [who for who in row if who not in ("work", "ours")]
         for who in peers:
             ours, theirs = row["ours"], row[who]
-            held = [f"{x['bytes'] / 2 ** 20:,.0f} MB" if x["bytes"] is not None else "-" for x in (ours, theirs)]
+            held = ["-" if x["bytes"] is None else f"{x['bytes'] / 2 ** 20:,.0f} MB" for x in (ours, theirs)]
             lines.append(f"| {row['work']} | {1000 * ours['seconds']:,.1f} ms | "
                          f"{1000 * theirs['seconds']:,.1f} ms ({who}) | "
                          f"{theirs['seconds'] / ours['seconds']:.2f} | {held[0]} | {held[1]} |")
@@ -252,11 +257,12 @@ def table(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="[all] sections")
     parser.add_argument("--quick", action="store_true", help="the small sizes alone")
     parser.add_argument("--out", default="", help="[none] file for the figures as JSON")
-    parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)            # a child process: one work, once
+    parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)           # in a child process
     args = parser.parse_args()
     if args.memory:
         section, name, who = args.memory
