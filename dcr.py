@@ -83,8 +83,13 @@ def gradient_products(model, prompts, read, l=None, modules=None):
                 mixed = overlap[i].transpose(0, 1)[:, None] @ B               # (n, 1, T, T) @ (n, k, T, out)
                 product = B[i].reshape(k, -1) @ mixed.view(n * k, -1).T                 # (k, n k), T and out
                 G[i] = product.view(k, n, k).transpose(0, 1)                              # are summed over
-        groups[group] = groups.get(group, 0) + G.double()
+        groups[group] = groups.get(group, 0) + fp64(G)
     return r.detach(), groups
+
+
+def fp64(x):
+    """x in double precision; on the CPU if its device has none, like Apple's GPUs."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 def group_of(name):
@@ -124,7 +129,7 @@ class Kernel:
 
     def between(self, left, right, only=None):
         """left_i^T K(x_i, x_j) right_j of all pairs, (n, n), for left, right (n, V)."""
-        (G, c), left, right = self.pieces(only), left.double(), right.double()
+        (G, c), left, right = self.pieces(only), fp64(left), fp64(right)
         return torch.einsum("id,ijde,je->ij", left @ self.W, G, right @ self.W) + c * (left @ right.T)
 
 
@@ -133,7 +138,7 @@ def kernel(model, prompts):
     if model.config.tied:
         raise ValueError("a tied head has no exact kernel here: its embeddings are read and written at once")
     h, groups = gradient_products(model, prompts, model.norm)
-    return Kernel(model.lm_head.weight.detach().double(), h.double(), groups)
+    return Kernel(fp64(model.lm_head.weight.detach()), fp64(h), groups)
 
 
 def kernel_norms(model, prompts):
@@ -163,7 +168,7 @@ def probed_norms(model, prompts, probes=16, seed=0):
         states.append(model.norm(h))
         return states[0] @ (W.T @ R)                                                    # R^T z, (n, probes)
     _, groups = gradient_products(model, prompts, read)
-    h, R = states[0].detach().double(), R.double()
+    h, R = fp64(states[0].detach()), fp64(R)
     K = sum(groups.values()) + (h @ h.T)[:, :, None, None] * (R.T @ R)               # (n, n, probes, probes)
     return K[:, :, ~torch.eye(probes, dtype=torch.bool, device=W.device)].square().mean(-1).sqrt()
 
@@ -208,7 +213,7 @@ def tail_sensitivity(model, prompts, l):
                          for i in range(h.shape[1])], 2)                                # (n, T, d, d of H)
     last = D[targets >= 0]                                                                     # (n, d, d)
     elsewhere = 1 - last.square().sum((1, 2)) / D.square().sum((1, 2, 3))
-    return model.lm_head.weight.detach().double() @ last.double(), elsewhere
+    return fp64(model.lm_head.weight.detach()) @ fp64(last), elsewhere
 
 
 def bilinear(h, products, ridge=0.1):
@@ -266,7 +271,7 @@ def proposition_1(model, prompts, l, others):
 def states_and_products(model, prompts, l):
     """h_x (n, d) and G_x' G_x^T (n, n, d, d), fp64, for G_x = dh_x/dtheta."""
     h, groups = gradient_products(model, prompts, lambda h: h, l)
-    return h.double(), sum(groups.values())
+    return fp64(h), sum(groups.values())
 
 
 def trace(G):
@@ -302,15 +307,15 @@ def circle_loss(features, labels, references=None, reference_labels=None, margin
     """
     if (references is None) != (reference_labels is None):
         raise ValueError("references and reference_labels come together")
-    for x, y in ((features, labels), (features if references is None else references,
-                                      labels if references is None else reference_labels)):
+    others = (features, labels) if references is None else (references, reference_labels)
+    for x, y in ((features, labels), others):
         if x.dim() != 2 or y.shape != x.shape[:1] or x.shape[1] != features.shape[1]:
             raise ValueError(f"features {tuple(x.shape)} with labels {tuple(y.shape)}: they should be (N, d) "
                              "and (N,), those of references (M, d) and (M,)")
     with torch.autocast(features.device.type, enabled=False):
         x = F.normalize(features if features.dtype == torch.float64 else features.float(), dim=1)
         y, own = (None, 0) if references is None else (F.normalize(references.to(x.dtype), dim=1), own)
-        few = len(x) * len(x if y is None else y) <= DENSE
+        few = len(x) * len(others[0]) <= DENSE
         log_sums = dense_log_sums if few else TiledLogSums.apply
         L_p, L_n = log_sums(x, y, labels, reference_labels, margin, gamma, own)                  # (N,) each
         # log(1 + e^x) to the last digit; F.softplus returns x from x = 20 on

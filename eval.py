@@ -86,7 +86,7 @@ def refusal_probability(model, chat, prompts):
         first = model.tail(hidden, since=blocks).float()                               # (B, vocabulary)
         first = first - first.logsumexp(-1, keepdim=True)
         for opening in openings:
-            log_p = first[:, opening[0]].double()
+            log_p = first[:, opening[0]].cpu().double()
             if log_p.max() < -14:                                       # nobody opens like this: e^-14 < 1e-6
                 continue
             if len(opening) > 1:
@@ -95,8 +95,8 @@ def refusal_probability(model, chat, prompts):
                 states = model(tokens[:-1].expand(len(ids), -1), upto=blocks, cache=cache)
                 rest = model.tail(states, since=blocks).float()             # (B, len - 1, vocabulary)
                 said = rest.gather(2, tokens[1:].expand(len(ids), -1)[..., None])[..., 0]
-                log_p = log_p + (said - rest.logsumexp(-1)).double().sum(1)
-            probability[chunk] += log_p.exp().cpu()
+                log_p = log_p + (said - rest.logsumexp(-1)).cpu().double().sum(1)
+            probability[chunk] += log_p.exp()
     return probability
 
 
