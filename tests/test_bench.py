@@ -8,9 +8,7 @@ import bench
 def test_ours_and_theirs_do_the_same_work():
     """The first case of the Circle loss: the same gradient from both, and a row of the table."""
     name, _, cases = next(bench.circle(quick=True))
-    (ours,), memory = cases["ours"]()(), bench.memory_here(cases["ours"]())
-    if bench.DEVICE == "cpu":
-        assert memory >= 0
+    ours, = cases["ours"]()()
     row = {"work": name, "ours": {"seconds": 0.002, "bytes": 2 ** 20}, "peer": {"seconds": 0.005, "bytes": None}}
     assert bench.table([row]).splitlines()[-1] == f"| {name} | 2.0 ms | 5.0 ms (peer) | 2.50 | 1 MB | - |"
     pytest.importorskip("pytorch_metric_learning")
