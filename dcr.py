@@ -382,7 +382,7 @@ class TiledLogSums(torch.autograd.Function):
         (x, y, labels, reference_labels), (m, gamma, own) = ctx.saved_tensors, ctx.knobs
         (L_p, L_n), among = ctx.log_sums, y is None
         to_x = torch.zeros_like(x)
-        to_y = to_x if among else torch.zeros_like(y)             # x is both sides and gets what is for either
+        to_y = to_x if among else torch.zeros_like(y)          # x is both sides and gets what is for either
         for I, J, t, same in tiles(x, y, labels, reference_labels, m):
             l, W = gamma * t.square() - gamma * m * m, 0
             for anchors, axis in ((I, 1), (J, 0)) if among else ((I, 1),):

@@ -80,7 +80,8 @@ def test_under_autocast_the_residual_stream_stays_fp32():
 
 
 def test_texts_packed_into_one_row_do_not_see_each_other():
-    """Packing is to save padding and nothing else: every text has the logits it has alone, through the cut too."""
+    """Packing is to save padding and nothing else: every text has the logits it has alone, and so through the
+    cut."""
     model, (row,) = tiny(), some_tokens(1, 12)
     texts = torch.tensor([[0] * 5 + [2] * 3 + [1] * 3 + [-1]])                  # 1, 2: numbers, not an order
     whole = model(row[None], cache=Packed(texts))[0]
