@@ -241,7 +241,10 @@ def proposition_1(model, prompts, l, others):
       Delta  what A2 leaves: c times the most that ||G_x' G_x^T||_F exceeds h_x'^T Q h_x by, among `others`
       tau    max ||dz/dtheta_tail||_F over the prompts (A3, weak tail updates); 0 when the tail is frozen
     A4, bounded features, is that ||h_x|| and ||G_x|| have a maximum. `left` and `right` are the two sides
-    with the tail trained, `left_frozen` and `right_frozen` with it frozen. (n, n) each, fp64.
+    with the tail trained, `left_frozen` and `right_frozen` with it frozen. (n, n) each, fp64. To see what
+    loosens the bound: `through` ||T' G' G^T T^T||_F with T = dz/dh_x (`sensitivity`: its operator norm,
+    `elsewhere`: what passes it by), `products` ||G' G^T||_F, `traces` <G', G>, `form` h'^T Q h, `size`
+    ||G_x||_F, `crossed` the term with sqrt(c) tau.
     """
     K, (h, G) = kernel(model, prompts), states_and_products(model, prompts, l)
     T, elsewhere = tail_sensitivity(model, prompts, l)
@@ -275,6 +278,7 @@ def states_and_products(model, prompts, l):
 
 
 def trace(G):
+    """tr G of the last two axes: (..., d, d) -> (...)."""
     return G.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 

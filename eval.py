@@ -354,7 +354,8 @@ def tables(results):
                 ("seconds", "tokens_per_second", "padding", "evaluation_seconds")] for m in stages}
     whole = sum(cost[m][0] for m in stages if m in ("base", "refined", "DCR"))
     text.append("where the time goes: seconds of training, share of base + refined + DCR, tokens read a "
-                "second (curves included), padding among the tokens computed, seconds of evaluation\n\n" + markdown(
+                "second (curves included), padding among the tokens computed, seconds of evaluation")
+    text.append(markdown(
         ["stage", "seconds", "share", "tokens/s", "padding", "evaluation"],
         [[m, f"{a:.1f}", f"{100 * a / whole:.0f} %", f"{b:,.0f}", f"{100 * c:.0f} %", f"{d:.1f}"]
          for m, (a, b, c, d) in cost.items()]))

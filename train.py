@@ -335,7 +335,7 @@ def refine(name, base, run, shuffled):
 
 
 def finished(run, name, make):
-    """(model, log) of a stage: from its checkpoint if there is one, else make() -> (model, log), kept there."""
+    """(model, log) of a stage: from its checkpoint if there is one, else make() -> (model, log)."""
     folder = run.folder / name
     if (folder / "config.json").exists():          # written last, so everything else is there too
         return GPT.from_pretrained(folder).to(run.device), json.loads((folder / "log.json").read_text())

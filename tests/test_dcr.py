@@ -232,16 +232,17 @@ def value_and_gradient(monkeypatch, dense, x, *args, **kwargs):
     return loss.detach(), x.grad
 
 
-@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("dtype, error, of_gradient", [(torch.float32, 1e-6, 4e-6),
+                                                       (torch.float64, 1e-12, 1e-12)])
 @pytest.mark.parametrize("classes", [2, 7, 40])
-def test_tiles_give_the_value_and_the_gradient_of_the_matrix(dtype, error, classes, monkeypatch):
-    """53 is no multiple of 5, and of 40 classes some rows have no positive. Tested in units of the largest
-    gradient. The gradient itself is a sum of 53 terms that cancel."""
+def test_tiles_give_the_value_and_the_gradient_of_the_matrix(dtype, error, of_gradient, classes, monkeypatch):
+    """53 is no multiple of 5, and of 40 classes some rows have no positive. Gradients are in units of the
+    largest. In fp32 they agree to 4e-6 and not to 1e-6: the matrix itself is off by 1e-6 to 2e-6 from fp64."""
     x, labels = some_features(n=53, d=6, classes=classes, dtype=dtype)
     expected, gradient = value_and_gradient(monkeypatch, True, x, labels)
     value, tiled = value_and_gradient(monkeypatch, False, x, labels)
     assert torch.allclose(value, expected, rtol=error, atol=0)
-    assert (tiled - gradient).abs().max() < 4 * error * gradient.abs().max()
+    assert (tiled - gradient).abs().max() < of_gradient * gradient.abs().max()
 
 
 def test_references_are_what_anchors_are_compared_with(form):

@@ -216,7 +216,7 @@ def test_a_table_of_one_seed_shows_means_and_of_several_their_spread():
     one, two = (cells_of(evaluation.tables(made_up(seeds)).split("\n\n")[1]) for seeds in ((0,), (0, 3)))
     assert list(one) == ["method", "base", "STL", "STL-aug", "DCR", "DCR-shuffled"]
     assert one["STL"][one["method"].index("answers benign")] == "12.0"
-    assert two["STL"][two["method"].index("answers benign")] == "15.0 ± 4.2"       # of 12 and 18: 3 * sqrt(2)
+    assert two["STL"][two["method"].index("answers benign")] == "15.0 ± 4.2"      # of 12 and 18: 3 * sqrt(2)
     assert one["DCR"][one["method"].index("refuses toxic")] == "50.0"
     assert one["DCR"][one["method"].index("AUC")] == "75.0"
     assert one["DCR"][one["method"].index("general loss")] == "0.123"
