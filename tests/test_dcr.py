@@ -237,7 +237,7 @@ def value_and_gradient(monkeypatch, dense, x, *args, **kwargs):
 @pytest.mark.parametrize("classes", [2, 7, 40])
 def test_tiles_give_the_value_and_the_gradient_of_the_matrix(dtype, error, of_gradient, classes, monkeypatch):
     """53 is no multiple of 5, and of 40 classes some rows have no positive. Gradients are in units of the
-    largest. In fp32 they agree to 4e-6 and not to 1e-6: the matrix itself is off by 1e-6 to 2e-6 from fp64."""
+    largest. In fp32 they agree to 4e-6, not to 1e-6: the matrix itself is 1e-6 to 2e-6 off fp64."""
     x, labels = some_features(n=53, d=6, classes=classes, dtype=dtype)
     expected, gradient = value_and_gradient(monkeypatch, True, x, labels)
     value, tiled = value_and_gradient(monkeypatch, False, x, labels)
