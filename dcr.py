@@ -1,20 +1,24 @@
-"""Contrastive refinement: the kernel that couples prompts, and the losses that part them.
+"""Contrastive refinement: separate toxic from seemingly toxic prompts before refusals are taught.
 
-A refusal taught on a toxic prompt x moves every other prompt x' in proportion to their kernel K(x', x): with
-z the logits of the first response token and pi their softmax, a step of size eta on (x, y) makes
+This file is the method of "Discern Truth from Falsehood: Reducing Over-Refusal via Contrastive
+Refinement" (arXiv 2603.03323), in the rest of the project called "the paper". Three sections:
 
-    Delta z(x') = -eta K(x', x) (pi(x) - e_y) + O(eta^2),      K(x', x) = dz(x')/dtheta  dz(x)/dtheta^T.
+1. The Circle loss (Sun et al. 2020, arXiv 2002.10857). It makes the states of one class alike and
+   those of two classes unlike.
+2. The objective of refinement: the Circle loss on the states h_x after block l, plus two terms that
+   keep the model what it was otherwise. Whoever wants to change the method changes this section.
+3. Why that should help. A refusal taught on a prompt x moves every other prompt x' in proportion
+   to their kernel K(x', x) = dz(x')/dtheta dz(x)/dtheta^T. Here z are the logits of the first
+   response token. With pi their softmax and e_y the one-hot vector of the token y, a step of SGD on
+   (x, y) with learning rate eta makes
 
-Section 1 computes K, what it predicts, and every term of the paper's bound. With all parameters after block
-l frozen, K is bounded by a bilinear similarity of the states at block l (Proposition 1),
+       Delta z(x') = -eta K(x', x) (pi(x) - e_y) + O(eta^2).
 
-    ||K(x', x)||_F  <=  c_l  h_x'^T Q_l h_x  +  Delta,
+   With all parameters after block l frozen, Proposition 1 of the paper bounds K by a similarity of
+   states, ||K(x', x)||_F <= c_l h_x'^T Q_l h_x + slack. So prompts whose states are unlike should
+   not share refusals. This section computes K and every term of the bound exactly.
 
-so refinement makes the h of toxic and of seemingly toxic prompts dissimilar before any refusal is taught.
-Section 2 has its losses: the pull within a class and the push between classes is the Circle loss (Sun et al.
-2020), and two retention terms keep the model what it was otherwise.
-
-There is no training here. Read `train.py` next; for the losses alone, begin at section 2.
+There is no training here. Read `train.py` next.
 """
 from dataclasses import dataclass
 
@@ -25,410 +29,485 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from data import collate
-from model import RMSNorm
+from model import Packed, RMSNorm, last_states, right_padded
 
+# --------------------------------------------------------------------------------------------------
+# 1. The Circle loss
 
-# ----------------------------------------------------------------------------------------------------------
-# 1. The kernel: what couples two prompts
+STRIP = 256                # anchors compared at a time on a CPU: their cosines fit in its cache
+GPU_STRIP_PAIRS = 2 ** 27  # pairs at a time on a GPU, which wants more work at once: 0.5 GB
 
-def gradient_products(model, prompts, read, l=None, modules=None):
-    """(r, {group: G}): r = read(h) (n, k) and, for each group of parameters, the inner products of gradients
+def circle_loss(features, labels, references=None, reference_labels=None, margin=0.25, gamma=32.0,
+                own=None):
+    """The Circle loss of features (N, d) with integer labels (N,), a scalar (Sun et al. 2020).
 
-        G[i, j] = dr(x_i)/dtheta  dr(x_j)/dtheta^T,    G (n, n, k, k), fp64.
+    Every row is an anchor once. Let s_p be its cosine similarities to the others of its class, the
+    positives, and s_n those to the other classes, the negatives. With margin m, its loss is
 
-    h (n, width) is the stream after block l (default: the last) at the last token of each prompt (lists of
-    ids), `read` any function of it. The groups are embeddings, block 1 ... block L, final norm: all that h
-    and `read` depend on but the head, or what lies inside `modules`.
+        L = log(1 + sum_n exp(gamma a_n (s_n - m)) * sum_p exp(-gamma a_p (s_p - (1 - m))))
+        a_p = [1 + m - s_p]_+       a_n = [s_n + m]_+       both constants for the gradient
 
-    It takes k backward passes, for prompts do not meet in a batch: the gradient of a sum over prompts is each
-    prompt's own. No gradient of a weight is ever formed. A linear map u_t = W a_t adds sum_t B_t a_t^T to the
-    gradient of W, with B_t = dr/du_t the signal that comes back to u_t, so its share of G is
+    It wants s_p > 1 - m and s_n < m. The weights a_p, a_n are large for pairs that are far from
+    that and vanish for solved ones. They carry no gradient, since they say how hard to pull, not
+    where to: with one, every pair would also be pulled towards having a small weight. Returned is
+    the mean over the anchors that have a positive and a negative, or 0 (with a gradient of zeros).
+
+    The value may rise while the classes separate. With a_n as it is, a_n (s_n - m) = s_n^2 - m^2,
+    which is least at s_n = 0, while the gradient goes on to s_n = -m. So watch the similarities.
+
+    No gamma overflows: sums of exponentials are taken relative to their largest term. The loss is
+    computed in fp32, or in fp64 for fp64 features, under any autocast.
+
+    Positives and negatives are sought among `references` (M, d) with `reference_labels` (M,), for
+    example a memory bank or the batches of other workers; by default among the anchors. If the
+    anchors are rows own, own + 1, ... of the references, say so, and none is compared with itself.
+    ValueError for other shapes.
+    """
+    if (references is None) != (reference_labels is None):
+        raise ValueError("references and reference_labels come together")
+    if references is None:
+        references = features
+        reference_labels = labels
+        own = 0
+    for x, x_labels in ((features, labels), (references, reference_labels)):
+        fits = x.dim() == 2 and x.shape[1] == features.shape[1] and x_labels.shape == x.shape[:1]
+        if not fits:
+            raise ValueError(f"features {tuple(x.shape)} with labels {tuple(x_labels.shape)}: they "
+                             "should be (N, d) and (N,), those of references (M, d) and (M,)")
+    precision = torch.float64 if features.dtype == torch.float64 else torch.float32
+    with torch.autocast(features.device.type, enabled=False):
+        anchors = F.normalize(features.to(precision), dim=1)
+        others = F.normalize(references.to(precision), dim=1)
+        return CircleLoss.apply(anchors, others, labels, reference_labels, margin, gamma, own)
+
+class CircleLoss(torch.autograd.Function):
+    """The loss of unit vectors x (N, d) among unit vectors y (M, d), with its gradient by hand.
+
+    Cosines are at most 1, so each weight makes a square of its pair. With t = s_p - 1 for a
+    positive and t = max(s_n, -m) for a negative, both exponents l and both slopes look alike:
+
+        l_p = -gamma a_p (s_p - (1 - m)) = gamma (t^2 - m^2)     dl_p/ds_p, a_p held: gamma (t - m)
+        l_n =  gamma a_n (s_n - m)       = gamma (t^2 - m^2)     dl_n/ds_n, a_n held: gamma (t + m)
+
+    In the code, sqrt(gamma) is taken into the anchors, a = sqrt(gamma) x, so that a y^T gives
+    t sqrt(gamma) at once, and its square is the exponent, but for the constant gamma m^2. There are
+    no masks: the anchors of a class meet their positives as one matrix and their negatives as
+    another. And there is no matrix of all pairs: the anchors come in strips of rows, and memory is
+    O((N + M) d + strip * M).
+
+    With Z_p = sum_p exp(l_p) and Z_n likewise, an anchor's loss is log(1 + Z_n Z_p), so
+
+        dL/ds_n = sigmoid(log Z_n + log Z_p)  exp(l_n) / Z_n  dl_n/ds_n         and for s_p alike.
+
+    The loss is a mean, so this gradient is known as soon as a strip's sums are. It is computed in
+    the forward pass, and the backward pass multiplies it by what comes back.
+    """
+
+    @staticmethod
+    def forward(ctx, x, y, x_labels, y_labels, m, gamma, own):
+        root = gamma ** 0.5
+        strip = STRIP if x.is_cpu else max(STRIP, GPU_STRIP_PAIRS // len(y))
+        total = x.new_zeros(())
+        anchors = 0
+        grad_x = torch.zeros_like(x)
+        grad_y = torch.zeros_like(y)
+        for label in x_labels.unique():
+            positives = (y_labels == label).nonzero()[:, 0]              # rows of y, ascending
+            negatives = (y_labels != label).nonzero()[:, 0]
+            partners = len(positives) if own is None else len(positives) - 1       # not itself
+            if partners == 0 or len(negatives) == 0:
+                continue
+            y_p = y[positives]                                           # (P, d)
+            y_n = y[negatives]                                           # (Q, d)
+            grad_p = torch.zeros_like(y_p)
+            grad_n = torch.zeros_like(y_n)
+            of_class = (x_labels == label).nonzero()[:, 0]
+            anchors += len(of_class)
+            for rows in of_class.split(strip):
+                a = root * x[rows]                                       # (strip, d)
+                t_p = (a @ y_p.T).sub_(root)              # (strip, P): sqrt(gamma) (s_p - 1)
+                t_n = (a @ y_n.T).clamp_(min=-root * m)   # (strip, Q): sqrt(gamma) max(s_n, -m)
+                itself = None if own is None else torch.searchsorted(positives, rows + own)
+                log_p, sum_p, terms_p = exponentials(t_p, itself)
+                log_n, sum_n, terms_n = exponentials(t_n)
+                log_z = log_p + log_n - 2 * gamma * m * m                # (strip,): log(Z_p Z_n)
+                # log(1 + e^x) to the last digit; F.softplus returns x from x = 20 on
+                total += torch.logaddexp(log_z, torch.zeros_like(log_z)).sum()
+                if not any(ctx.needs_input_grad):
+                    continue
+                slopes_p = terms_p.mul_(t_p.sub_(root * m))              # (strip, P)
+                slopes_n = terms_n.mul_(t_n.add_(root * m))              # (strip, Q)
+                # What belongs to a row scales the narrow (strip, d) side of the products.
+                pull_p = (log_z.sigmoid() / sum_p)[:, None]              # (strip, 1)
+                pull_n = (log_z.sigmoid() / sum_n)[:, None]
+                grad_x[rows] = root * (pull_p * (slopes_p @ y_p) + pull_n * (slopes_n @ y_n))
+                grad_p.addmm_(slopes_p.T, pull_p * a)
+                grad_n.addmm_(slopes_n.T, pull_n * a)
+            grad_y[positives] += grad_p
+            grad_y[negatives] += grad_n
+        anchors = max(anchors, 1)
+        ctx.save_for_backward(grad_x / anchors, grad_y / anchors)
+        return total / anchors
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, weight):
+        grad_x, grad_y = ctx.saved_tensors
+        return weight * grad_x, weight * grad_y, None, None, None, None, None
+
+def exponentials(t, left_out=None):
+    """Of exponents t^2 (rows, columns): log sum exp(t^2) of each row, (rows,); then the sum and its
+    terms, both relative to the largest term of the row, (rows,) and (rows, columns).
+
+    `left_out` (rows,) names a column of each row that does not count.
+    """
+    exponents = t.square()
+    if left_out is not None:
+        exponents[torch.arange(len(t), device=t.device), left_out] = -torch.inf
+    largest = exponents.amax(1)                                          # (rows,)
+    # Nothing below e^-80: such numbers are denormal in fp32 and take a CPU 50 times as long.
+    terms = exponents.sub_(largest[:, None]).clamp_(min=-80).exp_()
+    sums = terms.sum(1)
+    return largest + sums.log(), sums, terms
+
+# --------------------------------------------------------------------------------------------------
+# 2. The objective of refinement
+
+def refinement_loss(model, base, prompts, labels, tokens, texts, mean, s):
+    """What refinement minimises on one batch, a scalar:
+
+        Circle loss of h_x   +   still * drift of h   +   keep * KL(base || model)
+
+    The first term is the paper's. The other two are ours: they hold the model to the base on
+    general texts, where nothing is to be separated. `train.refine` trains blocks 1 to l alone.
+
+    model, base     the GPT that is refined, and the GPT from which it started
+    prompts, labels half of each class, D_seemingly and D_toxic: lists of token ids; classes (n,)
+    tokens, texts   (B, T) general texts, packed by `data.collate`
+    mean            (width,) the base's mean state over all prompts of refinement
+    s               `train.Settings`; read here: layer, margin, gamma, centre, still, keep
+    """
+    l = s.layer
+    states = last_states(model, prompts, l)                              # (n, width): h_x
+    if s.centre:
+        states = states - mean
+    loss = circle_loss(states, labels, margin=s.margin, gamma=s.gamma)
+
+    packed = Packed(texts)
+    inside = texts >= 0                                                  # (B, T): not padding
+    hidden = model(tokens, upto=l, cache=packed)                         # (B, T, width)
+    with torch.no_grad():
+        base_hidden = base(tokens, upto=l, cache=packed)
+    loss = loss + s.still * drift(hidden[inside], base_hidden[inside], mean)
+    if s.keep:
+        logits = model.tail(hidden, l, packed)[inside]                   # (tokens, vocabulary)
+        with torch.no_grad():
+            base_logits = base.tail(base_hidden, l, packed)[inside]
+        loss = loss + s.keep * forgetting(logits, base_logits)
+    return loss
+
+def drift(hidden, base_hidden, centre):
+    """How far states (n, d) moved: ||h - h_base||^2 / ||h_base - centre||^2, each a sum."""
+    moved = (hidden - base_hidden).square().sum()
+    size = (base_hidden - centre).square().sum()
+    return moved / size
+
+def forgetting(logits, base_logits):
+    """How answers changed: KL(base || model) of the next token, mean over positions; logits (n, V).
+
+    Unlike the likelihood of some text it has nothing to teach, only something to keep.
+    """
+    base_log_p = base_logits.float().log_softmax(-1)
+    log_p = logits.float().log_softmax(-1)
+    return F.kl_div(log_p, base_log_p, log_target=True, reduction="sum") / len(base_log_p)
+
+# --------------------------------------------------------------------------------------------------
+# 3. The kernel, what it predicts, and the bound. The evaluation needs `kernel_norms` and what it
+#    calls; `Kernel.between` and everything from `first_order` on is for `theory.ipynb`.
+
+def gradient_products(model, prompts, read, l=None, inside=None):
+    """(r, {group: G}): r = read(h) (n, k) and the inner products of its gradients, by group,
+
+        G[i, j] = dr(x_i)/dtheta  dr(x_j)/dtheta^T,      G (n, n, k, k), fp64.
+
+    h (n, width) is the stream after block l (default: the last) at the last token of each of n
+    prompts (lists of ids), and `read` any function of it. The groups of parameters are embeddings,
+    block 1 ... block L, final norm: all that h and `read` depend on but the head, or what lies in
+    the modules `inside`. What this means is `gradient_products_plain`, below.
+
+    It takes k backward passes, for prompts do not meet in a batch: the gradient of a sum over
+    prompts is each prompt's own. No gradient of a weight is ever formed. A linear map u_t = W a_t
+    at tokens t adds sum_t B_t a_t^T to the gradient of W, where B_t = dr/du_t is the signal that
+    comes back to u_t. So its share of G is
 
         sum over t', t of  <a'_t', a_t>  B'_t' B_t^T :
 
-    what two prompts have in common going up, times what they have in common coming down. An embedding is the
-    linear map of one-hot a: <a', a> asks whether the tokens are the same.
+    what two prompts have in common going up, times what they have in common coming down. (For whole
+    networks: Novak et al. 2022, arXiv 2206.08720, "structured derivatives".)
     """
-    named = {module: name for name, module in model.named_modules()}
-    calls, n = [], len(prompts)
+    blocks = model.config.blocks if l is None else l
+    calls = []                                    # (module, input a, output u), as they ran
 
     def record(module, inputs, output):
         calls.append((module, inputs[0].detach(), output))
-    hooks = [m.register_forward_hook(record) for root in modules or [model] for m in root.modules()
-             if isinstance(m, (nn.Linear, nn.Embedding, RMSNorm)) and m is not model.lm_head]
+
+    hooks = []
+    roots = [model] if inside is None else inside
+    for root in roots:
+        for module in root.modules():
+            has_weight = isinstance(module, (nn.Linear, nn.Embedding, RMSNorm))
+            if has_weight and module is not model.lm_head:
+                hooks.append(module.register_forward_hook(record))
     try:
         with torch.enable_grad(), torch.autocast(model.cos.device.type, enabled=False):
-            tokens, targets, _ = collate([(ids + [0], len(ids)) for ids in prompts], model.cos.device)
-            r = read(model(tokens, upto=model.config.blocks if l is None else l)[targets >= 0])
+            r = read(last_states(model, prompts, blocks))                # (n, k)
     finally:
         for hook in hooks:
             hook.remove()
-    k, us = r.shape[1], [u for _, _, u in calls]
-    signals = [torch.autograd.grad(r[:, i].sum(), us, retain_graph=i < k - 1) for i in range(k)]
+
+    outputs = [output for _, _, output in calls]
+    signals = []                                  # for each of the k numbers, dr/du of every call
+    for i in range(r.shape[1]):
+        signals.append(torch.autograd.grad(r[:, i].sum(), outputs, retain_graph=True))
+    names = {module: name for name, module in model.named_modules()}
     groups = {}
-    for (module, a, _), B in zip(calls, zip(*signals)):
-        group, G = group_of(named[module]), r.new_zeros(n, n, k, k)
-        B, a = torch.stack(B, 1), a.view(n, -1, *a.shape[2:])                   # (n, k, T, out), (n, T, in)
-        if isinstance(module, RMSNorm):                                  # u = gain * a / rms(a), elementwise
-            a = F.rms_norm(a.float(), module.weight.shape, eps=module.eps)
-            g = (B.view(n, k, -1, len(module.weight)) * a.view(n, 1, -1, len(module.weight))).sum(2)
-            G += torch.einsum("ipw,jqw->ijpq", g, g)
-        else:
-            if isinstance(module, nn.Embedding):
-                overlap = (a[:, :, None, None] == a).to(B.dtype)                       # (n, T, n, T)
-            else:
-                overlap = torch.einsum("itc,jsc->itjs", a, a) + (module.bias is not None)
-            for i in range(n):                       # a prompt at a time: another (n, k, T, out) is enough
-                mixed = overlap[i].transpose(0, 1)[:, None] @ B               # (n, 1, T, T) @ (n, k, T, out)
-                product = B[i].reshape(k, -1) @ mixed.view(n * k, -1).T                 # (k, n k), T and out
-                G[i] = product.view(k, n, k).transpose(0, 1)                              # are summed over
-        groups[group] = groups.get(group, 0) + fp64(G)
+    for call, (module, a, _) in enumerate(calls):
+        B = torch.stack([signal[call] for signal in signals], dim=1)     # (n, k, T, out)
+        group = group_of(names[module])
+        groups[group] = groups.get(group, 0) + fp64(products_of_call(module, a, B))
     return r.detach(), groups
 
+def products_of_call(module, a, B):
+    """One module's share (n, n, k, k) of `gradient_products`, from its inputs a (n, T, in) and the
+    signals B (n, k, T, out). The embedding's inputs are (n, T), the final norm has no axis T."""
+    n, k = B.shape[:2]
+    if isinstance(module, RMSNorm):                       # u = weight * a / rms(a), elementwise
+        width = a.shape[-1]
+        unit = F.rms_norm(a.float(), (width,), eps=module.eps)
+        g = (B * unit[:, None]).view(n, k, -1, width).sum(2)             # (n, k, width): dr/dweight
+        return torch.einsum("ipw,jqw->ijpq", g, g)
+    if isinstance(module, nn.Embedding):                  # a linear map of one-hot vectors
+        overlap = (a[:, :, None, None] == a).to(B.dtype)                 # (n, T', n, T)
+    else:
+        overlap = torch.einsum("itc,jsc->itjs", a, a)                    # (n, T', n, T)
+        if module.bias is not None:
+            overlap = overlap + 1                         # the weight of one more input, always 1
+    G = B.new_empty(n, n, k, k)
+    for i in range(n):                                    # all pairs at once: n times the memory
+        by_prompt = overlap[i].transpose(0, 1)[:, None]                  # (n, 1, T', T)
+        mixed = by_prompt @ B                                            # (n, k, T', out)
+        product = B[i].reshape(k, -1) @ mixed.view(n * k, -1).T          # (k, T' out) (T' out, n k)
+        G[i] = product.view(k, n, k).transpose(0, 1)                     # (n, k, k)
+    return G
+
+def gradient_products_plain(model, prompts, read, l=None):
+    """What `gradient_products` means, all groups together: every gradient written out. (r, G)."""
+    blocks = model.config.blocks if l is None else l
+    r = read(last_states(model, prompts, blocks))                        # (n, k)
+    below = [p for name, p in model.named_parameters() if group_of(name) != "head"]
+    rows = []
+    for number in r.flatten():
+        gradients = torch.autograd.grad(number, below, retain_graph=True, materialize_grads=True)
+        rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    J = fp64(torch.stack(rows)).view(*r.shape, -1)                       # (n, k, parameters)
+    return r.detach(), torch.einsum("ipw,jqw->ijpq", J, J)
 
 def fp64(x):
     """x in double precision; on the CPU if its device has none, like Apple's GPUs."""
-    return (x.cpu() if x.device.type == "mps" else x).double()
-
+    if x.device.type == "mps":
+        x = x.cpu()
+    return x.double()
 
 def group_of(name):
-    """The group a parameter or module belongs to: "layers.2.mlp.up_proj" is in "block 3"."""
+    """The group of a parameter or module: that of "layers.2.mlp.up_proj" is "block 3"."""
     if name.startswith("layers."):
         return f"block {int(name.split('.')[1]) + 1}"
-    return {"embed_tokens": "embeddings", "norm": "final norm", "lm_head": "head"}[name.split(".")[0]]
-
+    others = {"embed_tokens": "embeddings", "norm": "final norm", "lm_head": "head"}
+    return others[name.split(".")[0]]
 
 @dataclass
 class Kernel:
-    """K(x', x) = J(x') J(x)^T of all pairs of n prompts, J = dz/dtheta (V, parameters), in small pieces.
+    """K(x', x) = J(x') J(x)^T of all pairs of n prompts, J = dz/dtheta, in small pieces.
 
-    z = W h are the logits of the first response token. With G = dh(x') dh(x)^T over the parameters below the
-    head, and the head's own gradient,
+    z = W h are the V logits of the first response token. With G = dh(x')/dtheta dh(x)/dtheta^T over
+    the parameters below the head, and the gradient of the head itself added,
 
-        K(x', x) = W G W^T + <h', h> I,
+        K(x', x) = W G W^T + <h', h> I.
 
-    so no V x V matrix is needed, and d backward passes do the work of V. Exact for an untied head.
+    No V x V matrix is needed, and d backward passes do the work of V. Exact for an untied head.
     """
     W: torch.Tensor          # (V, d) the head
     h: torch.Tensor          # (n, d) the final, normed state: z = W h
     groups: dict             # {group: G (n, n, d, d)} below the head
 
     def pieces(self, only=None):
-        """(G (n, n, d, d), <h', h> (n, n)) summed over the groups named in `only`; all by default."""
-        only = [*self.groups, "head"] if only is None else only
+        """G (n, n, d, d) and <h', h> (n, n), summed over the groups in `only` (default: all)."""
+        if only is None:
+            only = [*self.groups, "head"]
         n, d = self.h.shape
-        G = sum((self.groups[g] for g in only if g != "head"), self.h.new_zeros(n, n, d, d))
-        return G, self.h @ self.h.T * ("head" in only)
+        G = self.h.new_zeros(n, n, d, d)
+        inner = self.h.new_zeros(n, n)
+        for group in only:
+            if group == "head":
+                inner = self.h @ self.h.T
+            else:
+                G = G + self.groups[group]
+        return G, inner
 
     def norms(self, only=None):
-        """||K(x', x)||_F, (n, n): tr(G^T M G M) + 2 c tr(G M) + c^2 V with M = W^T W, c = <h', h>."""
-        (G, c), M = self.pieces(only), self.W.T @ self.W
-        squared = (G * (M @ G @ M)).sum((2, 3)) + 2 * c * (G * M).sum((2, 3)) + c.square() * len(self.W)
+        """||K(x', x)||_F, (n, n). Its square, multiplied out with M = W^T W and inner = <h', h>, is
+        tr(G^T M G M) + 2 inner tr(G M) + inner^2 V."""
+        G, inner = self.pieces(only)
+        M = self.W.T @ self.W                                            # (d, d), symmetric
+        quadratic = (G * (M @ G @ M)).sum((2, 3))     # tr(A^T B): sum of the elementwise product
+        linear = (G * M).sum((2, 3))
+        squared = quadratic + 2 * inner * linear + inner.square() * len(self.W)
         return squared.clamp(min=0).sqrt()
 
     def between(self, left, right, only=None):
         """left_i^T K(x_i, x_j) right_j of all pairs, (n, n), for left, right (n, V)."""
-        (G, c), left, right = self.pieces(only), fp64(left), fp64(right)
-        return torch.einsum("id,ijde,je->ij", left @ self.W, G, right @ self.W) + c * (left @ right.T)
-
+        G, inner = self.pieces(only)
+        left = fp64(left)
+        right = fp64(right)
+        below = torch.einsum("id,ijde,je->ij", left @ self.W, G, right @ self.W)
+        return below + inner * (left @ right.T)
 
 def kernel(model, prompts):
-    """The exact `Kernel` of prompts (lists of token ids), all parameters, all logits. ValueError if tied."""
+    """The exact `Kernel` of prompts (lists of ids). ValueError for a model with a tied head."""
     if model.config.tied:
-        raise ValueError("a tied head has no exact kernel here: its embeddings are read and written at once")
+        raise ValueError("a tied head has no exact kernel here: its embeddings are used twice")
     h, groups = gradient_products(model, prompts, model.norm)
     return Kernel(fp64(model.lm_head.weight.detach()), fp64(h), groups)
 
-
 def kernel_norms(model, prompts):
-    """||K(x', x)||_F of all pairs of prompts (lists of ids), (n, n).
+    """||K(x', x)||_F of all pairs of prompts (lists of ids), (n, n): exact for the small GPT.
 
-    With a tied head, or d in the hundreds, exact is out of reach: there, as in the paper, the 10 likeliest
-    logits of each prompt and the parameters of the last 4 blocks.
+    Exactness costs width^2 numbers a pair and needs an untied head. Other models get an estimate of
+    the kind that the paper uses: the 10 likeliest logits of each prompt and the last 4 blocks. The
+    two are different quantities: compare models within one kind.
     """
-    if not model.config.tied and model.config.width <= 128:
+    if model.config.width <= 128 and not model.config.tied:
         return kernel(model, prompts).norms()
-    _, groups = gradient_products(model, prompts, lambda h: model.lm_head(model.norm(h)).topk(10).values,
-                                  modules=model.layers[-4:])
+
+    def likeliest(h):
+        return model.lm_head(model.norm(h)).topk(10).values              # (n, 10)
+
+    _, groups = gradient_products(model, prompts, likeliest, inside=model.layers[-4:])
     return sum(groups.values()).square().sum((2, 3)).sqrt()
-
-
-def probed_norms(model, prompts, probes=16, seed=0):
-    """||K(x', x)||_F estimated with few backward passes, (n, n): for independent standard normal u, v (V,)
-
-        E (u^T K v)^2 = ||K||_F^2,
-
-    so the mean of squares over pairs of different probes estimates the square without bias. Untied heads.
-    """
-    W, states = model.lm_head.weight.detach(), []
-    R = torch.randn(len(W), probes, generator=torch.Generator().manual_seed(seed)).to(W)
-
-    def read(h):
-        states.append(model.norm(h))
-        return states[0] @ (W.T @ R)                                                    # R^T z, (n, probes)
-    _, groups = gradient_products(model, prompts, read)
-    h, R = fp64(states[0].detach()), fp64(R)
-    K = sum(groups.values()) + (h @ h.T)[:, :, None, None] * (R.T @ R)               # (n, n, probes, probes)
-    return K[:, :, ~torch.eye(probes, dtype=torch.bool, device=W.device)].square().mean(-1).sqrt()
-
-
-class FirstToken(nn.Module):
-    """The logits of the first response token of some prompts, as a module without inputs."""
-
-    def __init__(self, model, prompts):
-        super().__init__()
-        tokens, targets, _ = collate([(ids + [0], len(ids)) for ids in prompts], model.cos.device)
-        self.model, self.tokens, self.last = model, tokens, targets >= 0
-
-    def forward(self):
-        blocks = self.model.config.blocks
-        return self.model.tail(self.model(self.tokens, upto=blocks)[self.last], since=blocks)      # (n, V)
-
 
 @torch.no_grad()
 def first_order(model, prompts, parameters, change):
-    """(z, dz), (n, V) each: the logits at `parameters` {name: tensor} and their derivative along `change`,
+    """(z, dz), (n, V) each: the logits of the first response token at `parameters` {name: tensor},
+    and their derivative along `change` {name: tensor},
 
         z(theta + change) = z + J change + O(change^2),
 
-    in one forward-mode pass: J is never formed. With change = -eta J(x)^T (pi(x) - e_y), the step of SGD on
-    (x, y), this is -eta K(x', x) (pi(x) - e_y); with another change it is the same theory for any optimizer.
+    in one forward-mode pass: J is never formed. With change = -eta J(x)^T (pi(x) - e_y), the step
+    of SGD on (x, y), dz is -eta K(x', x) (pi(x) - e_y). Any other optimizer's step will do as well.
     """
-    first, (theta, step) = FirstToken(model, prompts), ({f"model.{name}": p for name, p in part.items()}
-                                                        for part in (parameters, change))
-    with sdpa_kernel(SDPBackend.MATH):                      # the fused attentions have no forward mode
-        return jvp(lambda theta: functional_call(first, theta, ()), (theta,), (step,))
+    tokens, last = right_padded(prompts, model.cos.device)               # (n, T), (n,)
+    rows = torch.arange(len(prompts), device=tokens.device)
 
+    def logits(theta):
+        return functional_call(model, theta, (tokens,))[rows, last]      # (n, V)
+
+    with sdpa_kernel(SDPBackend.MATH):        # the fused kinds of attention have no forward mode
+        return jvp(logits, (parameters,), (change,))
 
 def tail_sensitivity(model, prompts, l):
-    """(T, elsewhere): T = dz/dh_x (n, V, d), h_x the stream after block l at the last token of a prompt, and
-    the share (n,) of ||dz/dH||^2 that reaches the logits from the stream at the prompt's other tokens."""
-    tokens, targets, _ = collate([(ids + [0], len(ids)) for ids in prompts], model.cos.device)
+    """(S, elsewhere): S = dz/dh_x (n, V, d), with h_x the stream after block l at a prompt's last
+    token; elsewhere (n,), the share of ||dz/d(stream)||^2 that lies at its other tokens."""
+    tokens, last = right_padded(prompts, model.cos.device)               # (n, T), (n,)
+    rows = torch.arange(len(prompts), device=tokens.device)
     with torch.no_grad():
-        H = model(tokens, upto=l)                                                              # (n, T, d)
+        stream = model(tokens, upto=l)                                   # (n, T, d)
     with torch.enable_grad():
-        h = model.norm(model.blocks(H.requires_grad_(), l, model.config.blocks)[targets >= 0])     # (n, d)
-        D = torch.stack([torch.autograd.grad(h[:, i].sum(), H, retain_graph=True)[0]
-                         for i in range(h.shape[1])], 2)                                # (n, T, d, d of H)
-    last = D[targets >= 0]                                                                     # (n, d, d)
-    elsewhere = 1 - last.square().sum((1, 2)) / D.square().sum((1, 2, 3))
-    return fp64(model.lm_head.weight.detach()) @ fp64(last), elsewhere
-
+        stream.requires_grad_()
+        top = model.through_blocks(stream, l, model.config.blocks)
+        h = model.norm(top[rows, last])                                  # (n, d): z = W h
+        slopes = []
+        for i in range(h.shape[1]):
+            slopes.append(torch.autograd.grad(h[:, i].sum(), stream, retain_graph=True)[0])
+    slopes = torch.stack(slopes, dim=2)                                  # (n, T, of h, of stream)
+    at_last = slopes[rows, last]                                         # (n, d, d)
+    share = at_last.square().sum((1, 2)) / slopes.square().sum((1, 2, 3))
+    return fp64(model.lm_head.weight.detach()) @ fp64(at_last), 1 - share
 
 def bilinear(h, products, ridge=0.1):
-    """Q (d, d), positive semi-definite: the h'^T Q h that explains the inner products (n, n) of features.
+    """Q (d, d), positive semi-definite, such that h'^T Q h explains `products`, the inner products
+    <g', g> (n, n) of features g of n prompts with states h (n, d).
 
-    Features g(x) that were linear in the state, g = Phi h, would have <g', g> = h'^T Phi^T Phi h. Phi is the
-    ridge regression of g on h, Phi = g^T S with S = h (h^T h + lambda I)^-1, and then Q = Phi^T Phi =
+    Features that were linear in the state, g = Phi h, would have <g', g> = h'^T Phi^T Phi h. Ridge
+    regression of g on h gives Phi = g^T S with S = h (h^T h + lambda I)^-1. Then Q = Phi^T Phi =
     S^T <g', g> S needs the inner products alone. `ridge` is lambda over the mean of ||h||^2.
     """
-    penalty = ridge * h.square().sum(1).mean() * torch.eye(h.shape[1], dtype=h.dtype, device=h.device)
-    S = h @ torch.linalg.inv(h.T @ h + penalty)                                                     # (n, d)
+    identity = torch.eye(h.shape[1], dtype=h.dtype, device=h.device)
+    penalty = ridge * h.square().sum(1).mean() * identity
+    S = h @ torch.linalg.inv(h.T @ h + penalty)                          # (n, d)
     return S.T @ products @ S
-
 
 def proposition_1(model, prompts, l, others):
     """Both sides of the paper's Proposition 1 for all pairs of prompts, and every term, in a dict:
 
         ||K(x', x)||_F <= c h_x'^T Q h_x + sqrt(c) tau (||G_x'||_F + ||G_x||_F) + tau^2 + Delta.
 
-    The terms, as we read them (the paper states that they exist, not how to measure them):
-      G_x    dh_x/dtheta over the parameters up to block l; h_x is the stream after it at the last token
-      c      max ||dz/dh_x||_op^2 over the prompts (A1, bounded tail sensitivity)
-      Q      such that <G_x', G_x> = tr(G_x' G_x^T) ~ h_x'^T Q h_x (A2, local linearity), from `bilinear` on
-             `others`, prompts that are not tested
-      Delta  what A2 leaves: c times the most that ||G_x' G_x^T||_F exceeds h_x'^T Q h_x by, among `others`
-      tau    max ||dz/dtheta_tail||_F over the prompts (A3, weak tail updates); 0 when the tail is frozen
-    A4, bounded features, is that ||h_x|| and ||G_x|| have a maximum. `left` and `right` are the two sides
-    with the tail trained, `left_frozen` and `right_frozen` with it frozen. (n, n) each, fp64. To see what
-    loosens the bound: `through` ||T' G' G^T T^T||_F with T = dz/dh_x (`sensitivity`: its operator norm,
-    `elsewhere`: what passes it by), `products` ||G' G^T||_F, `traces` <G', G>, `form` h'^T Q h, `size`
-    ||G_x||_F, `crossed` the term with sqrt(c) tau.
+    The paper states that the terms exist, not how to measure them. We read them so:
+      h, size      h_x, the stream after block l at the last token; ||G_x||_F for G_x = dh_x/dtheta
+                   over the parameters up to block l. (A4, bounded features: both have a maximum)
+      c            max ||dz/dh_x||_op^2 over the prompts (A1, bounded tail sensitivity)
+      Q            such that tr(G_x' G_x^T) ~ h_x'^T Q h_x (A2, local linearity), by `bilinear` from
+                   the prompts `others`, which are not tested
+      delta        what A2 leaves open: c times the most by which ||G_x' G_x^T||_F exceeds
+                   h_x'^T Q h_x among pairs of different `others`; at least 0
+      tau          max ||dz/dtheta_tail||_F over the prompts (A3, weak tail updates)
+    The two sides are `left` and `right` with the tail trained; with the tail frozen, tau is 0 and
+    they are `left_frozen` and `right_frozen`; (n, n) each. What loosens the bound, (n, n) too:
+      products     ||G' G^T||_F           traces     tr(G' G^T)            form    h'^T Q h
+      through      ||S' G' G^T S^T||_F for S = dz/dh_x     crossed    the term with sqrt(c) tau
+      sensitivity  ||S||_op, (n,)         elsewhere  what passes S by, (n,): `tail_sensitivity`
+    All in fp64.
     """
-    K, (h, G) = kernel(model, prompts), states_and_products(model, prompts, l)
-    T, elsewhere = tail_sensitivity(model, prompts, l)
-    below = ["embeddings", *(f"block {i + 1}" for i in range(l))]
-    tail = [group for group in (*K.groups, "head") if group not in below]
-    sensitivity = torch.linalg.matrix_norm(T, 2)                                                       # (n,)
-    c, size = sensitivity.max() ** 2, trace(G).diagonal().sqrt()
-    # ||dz/dtheta_tail||_F^2 = tr K_tail(x, x) = tr(W^T W G_tail) + <h, h> V
-    G_tail, inner = K.pieces(tail)
-    tau = (trace(G_tail @ (K.W.T @ K.W)) + inner * len(K.W)).diagonal().sqrt().max()
+    K = kernel(model, prompts)
+    below = ["embeddings"] + [f"block {i}" for i in range(1, l + 1)]
+    tail = [group for group in [*K.groups, "head"] if group not in below]
+
+    # A1 and A4
+    h, G = states_and_products(model, prompts, l)                        # (n, d), (n, n, d, d)
+    S, elsewhere = tail_sensitivity(model, prompts, l)                   # (n, V, d), (n,)
+    sensitivity = torch.linalg.matrix_norm(S, 2)                         # (n,)
+    c = sensitivity.max() ** 2
+    traces = trace(G)
+    size = traces.diagonal().sqrt()
+    products = G.square().sum((2, 3)).sqrt()
+
+    # A2, on other prompts
     other_h, other_G = states_and_products(model, others, l)
     Q = bilinear(other_h, trace(other_G))
-    products = G.square().sum((2, 3)).sqrt()                                                # ||G' G^T||_F
-    gap = other_G.square().sum((2, 3)).sqrt() - other_h @ Q @ other_h.T
-    delta = c * gap.fill_diagonal_(0).max()                                      # pairs of different prompts
+    excess = other_G.square().sum((2, 3)).sqrt() - other_h @ Q @ other_h.T
+    excess.fill_diagonal_(0)                              # pairs of different prompts count
+    delta = c * excess.max()
     form = h @ Q @ h.T
-    frozen = c * form + delta
-    crossed = c.sqrt() * tau * (size[:, None] + size[None, :])
-    M = T.transpose(1, 2) @ T                                                                    # (n, d, d)
-    through = (G * (M[:, None] @ G @ M[None])).sum((2, 3)).sqrt()                       # ||T' G' G^T T^T||_F
-    return dict(left=K.norms(), left_frozen=K.norms(below), right=frozen + crossed + tau ** 2,
-                right_frozen=frozen, c=c, Q=Q, tau=tau, delta=delta, h=h, size=size, sensitivity=sensitivity,
-                elsewhere=elsewhere, through=through, products=products, traces=trace(G), form=form,
-                crossed=crossed)
 
+    # A3: ||dz/dtheta_tail||_F^2 = tr K_tail(x, x) = tr(W^T W G_tail) + <h, h> V
+    G_tail, inner = K.pieces(tail)
+    tail_traces = trace(G_tail @ (K.W.T @ K.W)) + inner * len(K.W)       # (n, n)
+    tau = tail_traces.diagonal().sqrt().max()
+    crossed = c.sqrt() * tau * (size[:, None] + size[None, :])
+
+    gram = S.transpose(1, 2) @ S                                         # (n, d, d): S^T S
+    through = (G * (gram[:, None] @ G @ gram[None])).sum((2, 3)).sqrt()
+    right_frozen = c * form + delta
+    return dict(left=K.norms(), right=right_frozen + crossed + tau ** 2,
+                left_frozen=K.norms(below), right_frozen=right_frozen,
+                h=h, size=size, c=c, Q=Q, delta=delta, tau=tau, products=products, traces=traces,
+                form=form, through=through, crossed=crossed, sensitivity=sensitivity,
+                elsewhere=elsewhere)
 
 def states_and_products(model, prompts, l):
     """h_x (n, d) and G_x' G_x^T (n, n, d, d), fp64, for G_x = dh_x/dtheta."""
     h, groups = gradient_products(model, prompts, lambda h: h, l)
     return fp64(h), sum(groups.values())
 
-
 def trace(G):
     """tr G of the last two axes: (..., d, d) -> (...)."""
     return G.diagonal(dim1=-2, dim2=-1).sum(-1)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# 2. The losses: what parts them
-
-DENSE = 128 * 128          # up to this many pairs the similarities are written out as one matrix,
-TILE = 512                 # beyond that never more than these rows and columns at a time (a GPU: 8 times)
-
-
-def circle_loss(features, labels, references=None, reference_labels=None, margin=0.25, gamma=32.0, own=None):
-    """The Circle loss of features (N, d) with integer labels (N,), a scalar (Sun et al. 2020).
-
-    Every row is an anchor once. With s_p its cosine similarities to the others of its class (positives) and
-    s_n those to the other classes (negatives), its loss is
-
-        log(1 + sum_n exp(gamma a_n (s_n - m)) * sum_p exp(-gamma a_p (s_p - (1 - m))))
-        a_p = [1 + m - s_p]_+     a_n = [s_n + m]_+     both constants for the gradient
-
-    so the loss wants s_p > 1 - m and s_n < m, and pulls hardest at the pairs farthest from it. Returned is
-    the mean over the anchors that have a positive and a negative; a zero with a graph when there are none.
-    Computed in fp32, or in fp64 for fp64 features, whatever the autocast.
-
-    Positives and negatives are looked for among `references` (M, d) with `reference_labels` (M,), a memory
-    bank or the batches of other workers; without them, among the anchors. If the anchors are rows own,
-    own + 1, ... of the references, say so, and none is compared with itself. ValueError for other shapes.
-
-    The value may rise while the classes part: for s_n > -m, a_n (s_n - m) = s_n^2 - m^2 has its minimum at
-    0. Watch the similarities.
-    """
-    if (references is None) != (reference_labels is None):
-        raise ValueError("references and reference_labels come together")
-    others = (features, labels) if references is None else (references, reference_labels)
-    for x, y in ((features, labels), others):
-        if x.dim() != 2 or y.shape != x.shape[:1] or x.shape[1] != features.shape[1]:
-            raise ValueError(f"features {tuple(x.shape)} with labels {tuple(y.shape)}: they should be (N, d) "
-                             "and (N,), those of references (M, d) and (M,)")
-    with torch.autocast(features.device.type, enabled=False):
-        x = F.normalize(features if features.dtype == torch.float64 else features.float(), dim=1)
-        y, own = (None, 0) if references is None else (F.normalize(references.to(x.dtype), dim=1), own)
-        few = len(x) * len(others[0]) <= DENSE
-        log_sums = dense_log_sums if few else TiledLogSums.apply
-        L_p, L_n = log_sums(x, y, labels, reference_labels, margin, gamma, own)                  # (N,) each
-        # log(1 + e^x) to the last digit; F.softplus returns x from x = 20 on
-        loss = torch.logaddexp(L_p + L_n, torch.zeros_like(L_p))
-        counts = (torch.minimum(L_p, L_n) > torch.finfo(x.dtype).min / 2)          # no sum was without terms
-        return (loss * counts).sum() / counts.sum().clamp(min=1)
-
-
-def dense_log_sums(x, y, labels, reference_labels, m, gamma, own):
-    """log sum_p exp(-gamma a_p (s_p - (1 - m))) and log sum_n exp(gamma a_n (s_n - m)) of each anchor, by the
-    definition; for a sum without terms the least finite number. y None: among themselves."""
-    y, reference_labels = (x, labels) if y is None else (y, reference_labels)
-    s = x @ y.T                                                                # (N, M) cosines
-    same = labels[:, None] == reference_labels[None, :]
-    positive = same
-    if own is not None:
-        row, column = (torch.arange(len(z), device=x.device) for z in (x, y))
-        positive = same & (row[:, None] + own != column)                       # not itself
-    a_p, a_n = (1 + m - s.detach()).relu(), (s.detach() + m).relu()
-    # the most negative finite number, not -inf: a row without positives then has no inf - inf anywhere
-    nothing = torch.finfo(s.dtype).min
-    l_p = (-gamma * a_p * (s - (1 - m))).masked_fill(~positive, nothing)
-    l_n = (gamma * a_n * (s - m)).masked_fill(same, nothing)
-    return l_p.logsumexp(1), l_n.logsumexp(1)
-
-
-class TiledLogSums(torch.autograd.Function):
-    """`dense_log_sums` without the matrix: it is walked in tiles that stay in the cache, and walked again for
-    the gradient. Memory O((N + M) d + tile^2), so the batch may be as large as its features allow.
-
-    Cosines are at most 1, so each weight makes a square of its pair. With t = s - 1 for a positive and
-    t = max(s, -m) for a negative,
-
-        -gamma a_p (s - (1 - m)) = gamma (t^2 - m^2)          d/ds, a_p held:  -gamma a_p = gamma (t - m)
-         gamma a_n (s - m)       = gamma (t^2 - m^2)          d/ds, a_n held:   gamma a_n = gamma (t + m)
-
-    A log-sum L's gradient is the softmax exp(l - L) times dl/ds. If W holds these products times what comes
-    back to L, then, as s = x y^T, the gradients are W y for x and W^T x for y: two matrix products. Among
-    themselves (y None) s_ij = s_ji, so half the tiles serve both anchors, with axis 1 for those of the rows I
-    and axis 0 for those of the columns J.
-    """
-
-    @staticmethod
-    def forward(ctx, x, y, labels, reference_labels, m, gamma, own):
-        ctx.save_for_backward(x, y, labels, reference_labels)
-        ctx.knobs, nothing = (m, gamma, own), torch.finfo(x.dtype).min
-        L_p, L_n = (x.new_full((len(x),), nothing) for _ in range(2))
-        for I, J, t, same in tiles(x, y, labels, reference_labels, m):
-            l = gamma * t.square_() - gamma * m * m
-            l_p, l_n = l.masked_fill(~same, nothing), l.masked_fill_(same, nothing)
-            if own is not None:
-                l_p.diagonal(own + I.start - J.start).fill_(nothing)
-            for anchors, axis in ((I, 1), (J, 0)) if y is None and I != J else ((I, 1),):
-                for L, l in ((L_p, l_p), (L_n, l_n)):
-                    most = torch.maximum(l.amax(axis), L[anchors])
-                    terms = exp(l - most.unsqueeze(axis)).sum(axis) + exp(L[anchors] - most)
-                    L[anchors] = torch.where(most > nothing, most + terms.log(), nothing)
-        ctx.log_sums = L_p, L_n
-        return L_p, L_n
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, to_p, to_n):
-        (x, y, labels, reference_labels), (m, gamma, own) = ctx.saved_tensors, ctx.knobs
-        (L_p, L_n), among = ctx.log_sums, y is None
-        to_x = torch.zeros_like(x)
-        to_y = to_x if among else torch.zeros_like(y)          # x is both sides and gets what is for either
-        for I, J, t, same in tiles(x, y, labels, reference_labels, m):
-            l, W = gamma * t.square() - gamma * m * m, 0
-            for anchors, axis in ((I, 1), (J, 0)) if among else ((I, 1),):
-                def either(p, n):
-                    return torch.where(same, p[anchors].unsqueeze(axis), n[anchors].unsqueeze(axis))
-                W = W + exp(l - either(L_p, L_n)).mul_(either(gamma * to_p, gamma * to_n))
-            W *= torch.where(same, t - m, t + m)
-            if own is not None:
-                W.diagonal(own + I.start - J.start).zero_()
-            to_x[I].addmm_(W, (x if among else y)[J])
-            if not (among and I == J):
-                to_y[J].addmm_(W.T, x[I])
-        return to_x, None if among else to_y, None, None, None, None, None
-
-
-def tiles(x, y, labels, reference_labels, m):
-    """Yields rows I, columns J, t (tile, tile) and where the classes are the same, of every tile; with y None
-    of those on and above the diagonal."""
-    size = TILE if x.is_cpu else 8 * TILE          # what a CPU's cache holds; enough for a GPU to be busy
-    among = y is None
-    y, reference_labels = (x, labels) if among else (y, reference_labels)
-    for i in range(0, len(x), size):
-        for j in range(i if among else 0, len(y), size):
-            I, J = slice(i, i + size), slice(j, j + size)
-            s, same = x[I] @ y[J].T, labels[I, None] == reference_labels[J]
-            yield I, J, torch.where(same, s - 1, s.clamp(min=-m)), same
-
-
-def exp(x):
-    """e^x in place, at least e^-80: smaller results, no normal floats, take a CPU 50 times as long."""
-    return x.clamp_(min=-80).exp_()
-
-
-def forgetting(logits, base_logits):
-    """KL(base || model) of the next token, mean over positions (n, V) each: retention of what the model SAYS.
-
-    Unlike a likelihood of some text it has nothing to teach, only something to keep.
-    """
-    base, new = base_logits.float().log_softmax(-1), logits.float().log_softmax(-1)
-    return F.kl_div(new, base, log_target=True, reduction="sum") / len(base)
-
-
-def drift(hidden, base_hidden, centre):
-    """||h - h_base||^2 over positions (n, d), relative to ||h_base - centre||^2: retention of states."""
-    return (hidden - base_hidden).square().sum() / (base_hidden - centre).square().sum()

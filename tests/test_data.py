@@ -11,18 +11,21 @@ import pytest
 import torch
 
 import data
-from data import HARMABLE, REFUSALS, Chat, Example, World, cells, collate, share, train_bpe, world_chat
+from data import (HARMABLE, REFUSALS, Chat, Example, World, cells, collate, read_json, share, train_bpe,
+                  world_chat, write)
 from conftest import ROOT
 
 # -------------------------------------------------------------------------------------------------- the world
 
-def parsers(table):
-    patterns = {form: re.sub(r"\\{(.)\\}", r"(?P<\1>\\w+)", re.escape(form)) for form in cells(table)}
+def parsers(forms):
+    patterns = {form: re.sub(r"\\{(.)\\}", r"(?P<\1>\\w+)", re.escape(form)) for form in forms}
     return [(form, re.compile(pattern)) for form, pattern in patterns.items()]
 
 
-REQUESTS, DEFINITIONS = parsers(data.TEMPLATES + data.NEW_TEMPLATES), parsers(data.DEFINITIONS)
-OPENERS = cells(data.CONTEXTS + data.NEW_CONTEXTS) + [cell.split(" = ")[0] for cell in cells(data.FICTIONS)]
+REQUESTS = parsers(cells(data.TEMPLATES) + cells(data.NEW_TEMPLATES))
+DEFINITIONS = parsers(cells(data.DEFINITIONS))
+OPENERS = cells(data.CONTEXTS) + cells(data.NEW_CONTEXTS)
+OPENERS += [cell.split(" = ")[0] for cell in cells(data.FICTIONS)]
 
 
 def taken_apart(prompt, forms=REQUESTS):
@@ -49,9 +52,24 @@ def rough_parts(parts):
 
 
 def test_share_deals_everything_once():
-    dealt = share("abcdefgh", random.Random(0), dev=2, new=3)
-    assert [len(dealt[part]) for part in ("dev", "new", "rest")] == [2, 3, 3]
+    dealt = share("abcdefgh", random.Random(0), dev=2, new=3, common=None)
+    assert [len(dealt[part]) for part in ("dev", "new", "common")] == [2, 3, 3]
     assert sorted(sum(dealt.values(), [])) == list("abcdefgh")
+    example = share("abcde", random.Random(0), dev=1, new=2, common=None)           # of its docstring
+    assert example == {"dev": ["d"], "new": ["e", "a"], "common": ["b", "c"]}
+
+
+def test_tables_are_read_cell_by_cell():
+    """An indented line belongs to the cell above it, so that long lists can be wrapped."""
+    assert cells("""
+a {v} | b?
+c: d, e
+    f | g
+""") == ["a {v}", "b?", "c: d, e f", "g"]
+    assert data.entries("""
+dog: leash, one two
+    three
+cat: toy, four""") == {"dog": ["leash", "one two three"], "cat": ["toy", "four"]}
 
 
 def test_the_sizes_are_those_of_the_paper(whole):
@@ -75,8 +93,8 @@ def test_each_toxic_prompt_has_a_benign_twin(world, whole):
     assert len(toxic) > 1000
     for e in toxic:
         context, template, action, o = taken_apart(e.prompt)
-        twins = [world.request(action, other, template, context) for other in world.kind
-                 if world.kind[other] in world.goes[action] and world.kind[other] not in HARMABLE]
+        twins = [world.request(action, other, template, context) for other in world.class_of
+                 if world.class_of[other] in set(world.goes_with[action]) - set(HARMABLE)]
         assert len(twins) >= 10 and not any(twin.toxic for twin in twins)
         assert all(sum(a != b for a, b in zip(twin.prompt.split(), e.prompt.split(), strict=True)) == 1
                    for twin in twins)
@@ -109,8 +127,8 @@ def test_what_is_new_in_a_suite_is_in_no_rough_prompt_of_training(world, whole):
                   for name, halves in split.items() if name != "definitions"}
         assert not {o for *_, o in suites["objects"]} & objects
         assert not {o for *_, o in suites["class"]} & objects
-        assert len({world.kind[o] for *_, o in suites["class"]}) == 1
-        assert not {world.kind[o] for o in objects} & {world.kind[o] for *_, o in suites["class"]}
+        new_classes = {world.class_of[o] for *_, o in suites["class"]}
+        assert len(new_classes) == 1 and not {world.class_of[o] for o in objects} & new_classes
         assert not {v for _, _, v, _ in suites["actions"]} & actions
         assert not {template for _, template, _, _ in suites["phrasings"]} & templates
         assert not {context for context, *_ in suites["context"]} & contexts - {""}
@@ -265,7 +283,7 @@ def test_any_text_comes_back(chat, text):
 def test_known_words_are_one_token(whole):
     """Else the last prompt token would be part of a word, and the facts would have to be spelled."""
     chat = world_chat(whole, 1536)
-    words = [f" {name}" for name in World(0).kind]
+    words = [f" {name}" for name in World(0).class_of]
     assert sum(len(chat.ids(word)) == 1 for word in words) > 0.9 * len(words)
 
 
@@ -277,6 +295,24 @@ def test_an_exchange_token_by_token():
     assert chat.prompt("Hi?") == [user, *b"Hi?", assistant] and chat.response("Yo.") == [*b"Yo.", end]
     same = world_chat(type("Parts", (), {"pretraining": [], "safe": []}), 259)
     assert same.prompt("Hi?") == chat.prompt("Hi?") and same.stop == end
+
+
+def test_an_exchange_is_cut_by_hand():
+    """The example of its docstring, token by token; plain text teaches all but its first token."""
+    chat = Chat(train_bpe([], 259), (256, "{user}", 257), stop=258, pad=258, size=259)
+    ids, first = chat.exchange(Example("Hi?", "Yo."), longest=256, context=128)
+    assert (ids, first) == ([256, 72, 105, 63, 257, 89, 111, 46, 258], 5)
+    assert chat.exchange("Yo.", longest=2, context=2) == ([89, 111, 46, 258], 1)
+
+
+def test_long_answers_are_cut_and_prompts_never(chat):
+    """Not for `longest`: a prompt without its end would be another one, taught this answer."""
+    answer = "because " * 100
+    ids, first = chat.exchange(Example("Why?", answer), longest=40, context=128)
+    assert len(ids) == 40 and ids[first:] == chat.response(answer)[:40 - first]
+    ids, first = chat.exchange(Example("why " * 20, answer), longest=40, context=128)
+    assert ids[:first] == chat.prompt("why " * 20) and len(ids) == first + 8 > 40
+    assert len(chat.exchange(Example("Why?", answer), longest=400, context=128)[0]) == 128
 
 
 def test_what_a_user_types_never_becomes_a_special_token(chat):
@@ -327,3 +363,33 @@ def test_the_loss_covers_the_response_and_its_stop_and_nothing_else(chat):
         # each is predicted from what precedes it: the first from the last token of the prompt
         assert row[learn].tolist() == [prompt[-1], *response[:-1]]
         assert learn.nonzero()[:, 0].tolist() == list(range(len(prompt) - 1, len(prompt + response) - 1))
+
+
+# ------------------------------------------------------------------------------------------------------ files
+
+@pytest.mark.parametrize("raw, says", [
+    (None, "no such file"),
+    (b"", "empty"),
+    (b"caf\xe9", "byte 3 is not UTF-8"),
+    (b'{\n"a": oops}', "line 2: not JSON"),
+])
+def test_a_file_that_is_no_json_gets_one_clear_line(raw, says, tmp_path):
+    path = tmp_path / "settings.json"
+    if raw is not None:
+        path.write_bytes(raw)
+    with pytest.raises(ValueError) as error:
+        read_json(path)
+    message = str(error.value)
+    assert message.startswith(str(path)) and says in message and ";" in message and "\n" not in message
+
+
+def test_what_is_written_comes_back_and_half_of_it_never_does(tmp_path):
+    path = tmp_path / "new" / "a.json"
+    write(path, lambda file: file.write(b"[1, 2]"))
+
+    def fail(file):
+        file.write(b"[1, ")
+        raise OSError("disk full")
+    with pytest.raises(OSError, match="disk full"):
+        write(path, fail)
+    assert read_json(path) == [1, 2]

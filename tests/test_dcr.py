@@ -1,7 +1,10 @@
-"""What `dcr.py` claims: the Circle loss is its definition, its gradient takes the weights as constants, and
-nothing that should not matter does; the two retention terms vanish at the base.
+"""What `dcr.py` claims of the method: the Circle loss is its definition, its gradient takes the weights as
+constants, and nothing that should not matter does; the objective of refinement is the sum it says, and its
+two retention terms vanish at the base.
 
-Every test of the loss is run twice: on the matrix of similarities, and on tiles of 5 by 5."""
+Every test of the loss is run twice: with all anchors of a class in one strip, and in strips of 5."""
+import copy
+import dataclasses
 import math
 
 import pytest
@@ -10,13 +13,14 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dcr
-from dcr import circle_loss, drift, forgetting
+from data import collate
+from dcr import circle_loss, drift, forgetting, refinement_loss
+from model import last_states
 
 
-@pytest.fixture(params=["dense", "tiled"], autouse=True)
-def form(request, monkeypatch):
-    monkeypatch.setattr(dcr, "DENSE", {"dense": 1e9, "tiled": 0}[request.param])
-    monkeypatch.setattr(dcr, "TILE", 5)
+@pytest.fixture(params=[256, 5], autouse=True)
+def strip(request, monkeypatch):
+    monkeypatch.setattr(dcr, "STRIP", request.param)
     return request.param
 
 
@@ -224,28 +228,30 @@ def test_bf16_features_are_compared_in_fp32(autocast):
 
 # ----------------------------------------------------------------------------------------- at any batch size
 
-def value_and_gradient(monkeypatch, dense, x, *args, **kwargs):
-    monkeypatch.setattr(dcr, "DENSE", 1e9 * dense)
-    x = x.clone().requires_grad_()
-    loss = circle_loss(x, *args, **kwargs)
-    loss.backward()
-    return loss.detach(), x.grad
+def naive_gradient(features, labels, m, gamma):
+    """By autograd through the naive loops, in fp64."""
+    features = features.double().requires_grad_()
+    loss = naive(features, labels, m, gamma)
+    gradient, = torch.autograd.grad(loss, features)
+    return loss.detach(), gradient
 
 
 @pytest.mark.parametrize("dtype, error, of_gradient", [(torch.float32, 1e-6, 4e-6),
                                                        (torch.float64, 1e-12, 1e-12)])
 @pytest.mark.parametrize("classes", [2, 7, 40])
-def test_tiles_give_the_value_and_the_gradient_of_the_matrix(dtype, error, of_gradient, classes, monkeypatch):
+def test_strips_give_the_value_and_the_gradient_of_the_naive_loops(dtype, error, of_gradient, classes):
     """53 is no multiple of 5, and of 40 classes some rows have no positive. Gradients are in units of the
-    largest. In fp32 they agree to 4e-6, not to 1e-6: the matrix itself is 1e-6 to 2e-6 off fp64."""
+    largest. In fp32 they agree to 4e-6, not to 1e-6: a matrix of all pairs is 1e-6 to 2e-6 off itself."""
     x, labels = some_features(n=53, d=6, classes=classes, dtype=dtype)
-    expected, gradient = value_and_gradient(monkeypatch, True, x, labels)
-    value, tiled = value_and_gradient(monkeypatch, False, x, labels)
-    assert torch.allclose(value, expected, rtol=error, atol=0)
-    assert (tiled - gradient).abs().max() < of_gradient * gradient.abs().max()
+    expected, gradient = naive_gradient(x, labels, 0.25, 32.0)
+    x.requires_grad_()
+    value = circle_loss(x, labels)
+    value.backward()
+    assert torch.allclose(value.double(), expected, rtol=error, atol=0)
+    assert (x.grad - gradient).abs().max() < of_gradient * gradient.abs().max()
 
 
-def test_references_are_what_anchors_are_compared_with(form):
+def test_references_are_what_anchors_are_compared_with():
     """A memory bank is compared with, but has no losses of its own. `own` says where in the references the
     anchors stand; without it each is a positive of itself, with s_p = 1 but a_p = m, not 0."""
     x, labels = some_features(n=20, d=5, classes=3)
@@ -260,7 +266,7 @@ def test_references_are_what_anchors_are_compared_with(form):
     assert torch.allclose(circle_loss(x[9:10], labels[9:10], bank, of_bank), expected, rtol=1e-12)
 
 
-def test_workers_that_share_their_features_get_the_gradient_of_the_whole_batch(form):
+def test_workers_that_share_their_features_get_the_gradient_of_the_whole_batch():
     """Each worker is the anchors of its half, all are references: the mean over workers is the loss."""
     x, labels = some_features(n=14, d=5)
     x.requires_grad_()
@@ -270,8 +276,9 @@ def test_workers_that_share_their_features_get_the_gradient_of_the_whole_batch(f
     assert torch.allclose(parts, whole, rtol=1e-10, atol=1e-14)
 
 
-def test_no_tensor_of_all_pairs_is_ever_made(form):
-    """The point of tiles. The largest tensor of a step on 300 rows: the features, 300 x 8."""
+def test_no_tensor_of_all_pairs_is_ever_made(strip):
+    """The point of strips. The largest tensor of a step on 300 rows in strips of 5: the features, 300 x 8.
+    One strip for each class of 150 has 150 x 150 cosines to its positives, and as many to its negatives."""
     x, labels = some_features(n=300, d=8, dtype=torch.float32)
     largest = 0
 
@@ -284,18 +291,28 @@ def test_no_tensor_of_all_pairs_is_ever_made(form):
             return result
     with Watch():
         circle_loss(x.requires_grad_(), labels).backward()
-    assert largest == {"dense": 300 * 300, "tiled": 300 * 8}[form]
+    assert largest == {256: 150 * 150, 5: 300 * 8}[strip]
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_compiler_takes_it_whole(backend):
-    """fullgraph: a graph break, or a question to the device about a value, would be an error."""
+def test_compiled_it_is_the_same(backend):
+    """The sizes of the classes are known at run time alone, so a compiler steps out of the graph for it."""
     x, labels = some_features(n=12, d=5)
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
     torch._dynamo.reset()
-    torch.compile(circle_loss, backend=backend, fullgraph=True)(a, labels).backward()
-    circle_loss(b, labels).backward()
+    torch.compile(lambda x: circle_loss(2 * x, labels), backend=backend)(a).backward()
+    circle_loss(2 * b, labels).backward()
     assert torch.allclose(a.grad, b.grad, rtol=1e-10, atol=1e-14)
+
+
+def test_where_no_gradient_is_needed_none_is_computed(monkeypatch):
+    """The three products with the features are two thirds of the work."""
+    x, labels = some_features()
+    whole = circle_loss(x.clone().requires_grad_(), labels).item()
+    monkeypatch.setattr(torch.Tensor, "addmm_", None)                       # every gradient goes through it
+    assert circle_loss(x, labels).item() == whole
+    with pytest.raises(TypeError):
+        circle_loss(x.requires_grad_(), labels)
 
 
 def test_what_does_not_fit_is_named():
@@ -333,3 +350,42 @@ def test_drift_of_a_worked_example():
     assert drift(hidden, base, centre).item() == 0.25 and drift(base, base, centre).item() == 0
     shifted = drift(10 * hidden + 5, 10 * base + 5, 10 * centre + 5)
     assert shifted.item() == pytest.approx(0.25)                             # no unit, no origin of its own
+
+
+# -------------------------------------------------------------------------------------------------- objective
+
+@pytest.mark.parametrize("centre", [False, True])
+@pytest.mark.parametrize("keep", [10.0, 0.0])
+def test_the_objective_is_the_circle_loss_and_the_retention_on_general_texts(centre, keep, model, run, parts):
+    """Each term by itself, one prompt and one text at a time; packing must not mix the texts."""
+    s = dataclasses.replace(run.s, centre=centre, keep=keep, still=3.0)
+    base = copy.deepcopy(model)
+    model.layers[0].mlp.up_proj.weight.data *= 1.3
+    prompts = [run.chat.prompt(e.prompt) for e in parts.seemingly[:3] + parts.toxic[:3]]
+    labels = torch.tensor([0, 0, 0, 1, 1, 1])
+    sequences = run.exchanges(parts.general[:5], 128)
+    tokens, _, texts = collate(sequences, "cpu", 128)
+    mean = last_states(base, prompts, s.layer).mean(0).detach()
+    loss = refinement_loss(model, base, prompts, labels, tokens, texts, mean, s)
+
+    h = torch.stack([model(torch.tensor([ids]), upto=s.layer)[0, -1] for ids in prompts])
+    circle = circle_loss(h - mean if centre else h, labels, margin=s.margin, gamma=s.gamma)
+    moved, size, divergence, count = 0, 0, 0, 0
+    for ids, _ in sequences:
+        text = torch.tensor([ids[:-1]])
+        new, old = model(text, upto=s.layer), base(text, upto=s.layer)
+        moved, size = moved + (new - old).square().sum(), size + (old - mean).square().sum()
+        divergence += len(ids[:-1]) * forgetting(model(text)[0], base(text)[0])
+        count += len(ids[:-1])
+    expected = circle + 3.0 * moved / size + keep * divergence / count
+    assert torch.allclose(loss, expected, rtol=1e-5)
+    assert 3.0 * moved / size > 0.01 and divergence / count > 1e-4          # each term is seen
+
+
+def test_at_the_base_the_objective_is_the_circle_loss_alone(model, run, parts):
+    prompts = [run.chat.prompt(e.prompt) for e in parts.seemingly[:3] + parts.toxic[:3]]
+    labels = torch.tensor([0, 0, 0, 1, 1, 1])
+    tokens, _, texts = collate(run.exchanges(parts.general[:5], 128), "cpu", 128)
+    loss = refinement_loss(model, model, prompts, labels, tokens, texts, torch.zeros(16), run.s)
+    alone = circle_loss(last_states(model, prompts, run.s.layer), labels)
+    assert torch.allclose(loss, alone, rtol=1e-5)

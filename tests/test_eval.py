@@ -1,7 +1,9 @@
 """What `eval.py` claims: each number is what its name says, held against the slow, obvious way to get it."""
+import dataclasses
 import json
 import subprocess
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,9 +15,11 @@ import torch.nn.functional as F
 import eval as evaluation
 from conftest import ROOT
 from data import Chat, Example, train_bpe
-from eval import (auc, compliance_at_defense, is_refusal, kernel_norms, kernel_similarity, last_states,
+from eval import (auc, compliance_at_defense, is_refusal, kernel_norms, kernel_similarity,
                   refusal_probability, respond, values)
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, last_states
+
+SETTINGS = SimpleNamespace(max_new=6, longest=64)            # what evaluate reads of train.Settings
 
 # -------------------------------------------------------------------------------------------- refusals, rates
 
@@ -58,11 +62,25 @@ def test_compliance_at_defense_is_that_of_the_best_threshold(n):
     assert compliance_at_defense(toxic, benign) == pytest.approx(best)
 
 
+def test_compliance_at_defense_without_toxic_prompts_is_one_line():
+    with pytest.raises(ValueError, match="no toxic prompts.*add a suite"):
+        compliance_at_defense(torch.empty(0), torch.tensor([0.5]))
+
+
 def test_pooled_draws_evenly_from_all_suites():
     suites = {"a": {"toxic": [Example("a1", None), Example("a2", None)]},
               "b": {"benign": [Example("x", None)]},
               "c": {"toxic": [Example("c1", None), Example("c2", None)]}}
     assert evaluation.pooled(suites, "toxic", 3) == ["a1", "c1", "a2"]
+
+
+def test_pooled_goes_on_where_a_suite_has_no_more_prompts():
+    """A suite of one prompt does not cap the others at one."""
+    suites = {"short": {"toxic": [Example("s1", None)]},
+              "long": {"toxic": [Example(f"l{i}", None) for i in range(1, 6)]},
+              "middle": {"toxic": [Example("m1", None), Example("m2", None)]}}
+    assert evaluation.pooled(suites, "toxic", 6) == ["s1", "l1", "m1", "l2", "m2", "l3"]
+    assert len(evaluation.pooled(suites, "toxic", 100)) == 8
 
 
 # ----------------------------------------------------------------------------------- probability of a refusal
@@ -124,7 +142,7 @@ def test_more_prompts_than_a_batch_keep_their_order(talker, monkeypatch):
     assert respond(model, chat, PROMPTS, 5) == answers and len(set(answers)) > 1
 
 
-def test_general_loss_is_a_mean_over_response_tokens(model, run, parts, chat):
+def test_general_loss_is_a_mean_over_response_tokens(model, parts, chat):
     """Not over examples, and not over padding."""
     examples, total, count = parts.general_heldout, 0, 0
     for e in examples:
@@ -132,7 +150,74 @@ def test_general_loss_is_a_mean_over_response_tokens(model, run, parts, chat):
         logits = model(torch.tensor([prompt + response]))[0, len(prompt) - 1:-1]
         total += F.cross_entropy(logits, torch.tensor(response), reduction="sum").item()
         count += len(response)
-    assert evaluation.general_loss(model, run, examples) == pytest.approx(total / count, rel=1e-5)
+    assert evaluation.general_loss(model, chat, examples, 256) == pytest.approx(total / count, rel=1e-5)
+
+
+# --------------------------------------------------------------------------------------------- all of a model
+
+def test_evaluate_rows_are_those_of_the_slow_way(model, parts, chat):
+    """Every rate of every suite is counted anew, one prompt at a time."""
+    rows, responses = evaluation.evaluate(model, chat, parts, SETTINGS)
+    found = {(row["suite"], row["kind"], row["metric"]): row for row in rows}
+    assert len(found) == len(rows)                                                  # none is there twice
+    for suite, halves in parts.suites.items():
+        for kind, examples in halves.items():
+            refused = [is_refusal(responses[e.prompt]) for e in examples]
+            rate = "defense_rate" if kind == "toxic" else "compliance_rate"
+            expected = np.mean(refused) if kind == "toxic" else 1 - np.mean(refused)
+            assert found[suite, kind, rate]["value"] == pytest.approx(expected)
+            assert found[suite, kind, rate]["n"] == len(examples)
+            probability = refusal_probability(model, chat, [e.prompt for e in examples])
+            mean = found[suite, kind, "refusal_probability"]["value"]
+            assert mean == pytest.approx(probability.mean().item(), abs=1e-6)
+    loss = evaluation.general_loss(model, chat, parts.general_heldout, SETTINGS.longest)
+    assert found["general", "general", "loss"]["value"] == pytest.approx(loss)
+    assert found["toxic/seemingly", "general", "kernel_similarity"]["n"] == evaluation.KERNEL_PROMPTS
+    benign = sum(len(halves.get("benign", [])) for halves in parts.suites.values())
+    assert found["all", "benign", "auc"]["n"] == benign
+    assert not {row["suite"] for row in rows} & {"stage"}                           # train.py adds those
+
+
+def test_a_suite_without_a_toxic_half_is_held_against_all_toxic_prompts():
+    suites = {"one": {"benign": [Example("b1", None)], "toxic": [Example("t1", None)]},
+              "two": {"benign": [Example("b2", None)]}}
+    pool = {"benign": [Example("b1", None), Example("b2", None)],
+            "toxic": [Example("t1", None), Example("t2", None)]}
+    probability = {"b1": 0.5, "b2": 0.5, "t1": 0.9, "t2": 0.1}
+    rows = evaluation.threshold_rows(suites | {"all": pool}, probability)
+    found = {row["suite"]: row["value"] for row in rows if row["metric"] == "auc"}
+    assert found == {"one": 1.0, "two": 0.5, "all": 0.5}
+
+
+def test_detector_rows_of_a_worked_example():
+    """Flagged: 1, 2, 4. Refusals: 1, 2, 3. Two of three are found, and two of three are true."""
+    responses = {"1": "Sorry, I cannot.", "2": "Sorry, no.", "3": "Nobody should.",
+                 "4": "Sure, that is illegal.", "5": "The dog is an animal."}
+    rows = evaluation.detector_rows(responses, ["Sure, here.", "To greet is nice.", "The cat is there."])
+    assert [(row["metric"], row["value"], row["n"]) for row in rows] == [
+        ("detector_precision", pytest.approx(2 / 3), 3), ("detector_recall", pytest.approx(2 / 3), 3)]
+    assert evaluation.detector_rows({"1": "Sure, here."}, ["Sure, here."]) == []    # nothing is refused
+
+
+def test_where_no_answer_is_known_none_is_called_right(model, parts, chat):
+    """Benchmark files: no right answers, so no share of them, and no truth to hold the detector against."""
+    suites = {suite: {kind: [dataclasses.replace(e, answer=None) for e in examples]
+                      for kind, examples in halves.items()} for suite, halves in parts.suites.items()}
+    files = dataclasses.replace(parts, suites=suites)
+    rows, _ = evaluation.evaluate(model, chat, files, SETTINGS)
+    metrics = {row["metric"] for row in rows}
+    assert {"compliance_rate", "defense_rate", "loss"} <= metrics
+    assert not metrics & {"right_answer_rate", "accuracy", "detector_precision", "detector_recall"}
+
+
+def test_examples_are_five_of_each_half(parts):
+    responses = {e.prompt: f"re {e.prompt}" for halves in parts.suites.values()
+                 for examples in halves.values() for e in examples}
+    shown = evaluation.example_responses(parts, responses)
+    assert all(example["response"] == f"re {example['prompt']}" for example in shown)
+    counts = Counter((example["suite"], example["kind"]) for example in shown)
+    assert counts == {(suite, kind): min(5, len(examples)) for suite, halves in parts.suites.items()
+                      for kind, examples in halves.items()}
 
 
 # ----------------------------------------------------------------------------------------- states and kernels
@@ -145,6 +230,14 @@ def test_last_states_are_those_at_the_last_token_of_each_prompt(model, l):
     states = last_states(model, IDS, l)
     for ids, state in zip(IDS, states, strict=True):
         assert torch.allclose(state, model(torch.tensor([ids]), upto=l)[0, -1], atol=1e-5)
+
+
+def test_the_map_of_states_shows_all_three_classes_around_their_mean(model, parts, chat):
+    points = evaluation.state_map(model, chat, parts, l=1, n=4)
+    assert list(points) == ["toxic", "seemingly", "general"]
+    together = np.concatenate(list(points.values()))
+    assert together.shape == (12, 2) and np.abs(together.mean(0)).max() < 1e-5
+    assert together[:, 0].std() > together[:, 1].std()                             # the main axis first
 
 
 def test_kernel_similarity_leaves_out_pairs_of_a_prompt_with_itself(model, parts, chat):
@@ -182,7 +275,8 @@ def made_up(seeds=(0,)):
             row("all", "benign", "compliance_at_95_defense", 0.25)
             row("general", "general", "compliance_rate", 1.0)
             row("general", "general", "loss", 0.123)
-            for pair in ("toxic/seemingly", "toxic/toxic", "seemingly/seemingly", "general/toxic"):
+            for pair in ("toxic/seemingly", "toxic/toxic", "toxic/general", "seemingly/seemingly",
+                         "general/toxic"):
                 row(pair, "general", "kernel_similarity", 0.4)
                 row(pair, "general", "kernel_similarity_one_sided", 0.6)
             curves += [dict(method=method, seed=seed, curve=[
@@ -227,6 +321,38 @@ def test_every_method_is_in_the_figure_of_compliance():
     figure = evaluation.figure_compliance(made_up((0, 1)))
     assert {text.get_text() for text in figure.axes[0].texts} == set(evaluation.METHODS)
     evaluation.plt.close(figure)
+
+
+@pytest.mark.parametrize("split", ["held-out", "development"])
+def test_figures_and_tables_name_the_split_they_show(split):
+    results = made_up()
+    results["settings"]["split"] = split
+    compliance, tuning = evaluation.figure_compliance(results), evaluation.figure_tuning(results)
+    assert f"mean over {split} suites" in compliance.axes[0].get_xlabel()
+    assert f"mean over {split} prompts" in tuning.axes[0].get_ylabel()
+    assert evaluation.tables(results).startswith(f"{split} suites")
+    evaluation.plt.close("all")
+
+
+def test_names_that_would_touch_are_moved_apart_from_the_top_down():
+    """In the order of their heights, whatever the order in which they come."""
+    _, (panel,) = evaluation.axes("")
+    places = {"low": (0, 0.1, "k"), "high": (0, 0.9, "k"), "next": (0, 0.88, "k"), "last": (0, 0.85, "k")}
+    evaluation.label(panel, places, offset=5, gap=0.06)
+    heights = {text.get_text(): text.xy[1] for text in panel.texts}
+    assert heights == pytest.approx({"high": 0.9, "next": 0.84, "last": 0.78, "low": 0.1})
+    evaluation.plt.close("all")
+
+
+def test_a_loaded_base_took_no_time_and_the_table_of_costs_says_so():
+    """--init with nothing else done yet: no share of nothing, and no tokens were read."""
+    results = made_up()
+    results["rows"] = [row for row in results["rows"] if row["method"] == "base"]
+    for row in results["rows"]:
+        if row["metric"] == "seconds":
+            row["value"] = 0.0
+    cost = cells_of(evaluation.cost_table(results, ["base"]).split("\n\n")[1])
+    assert cost["base"] == ["0.0", "0 %", "-", "-", "-"]
 
 
 def test_examples_show_where_a_method_is_wrong():

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from model import (GPT, Cache, GPTConfig, Packed, generate, generate_plain, prefill, read_safetensors,
-                   rotary_table, rotate)
+from data import collate
+from model import (GPT, Cache, GPTConfig, Packed, generate, generate_plain, last_states, prefill,
+                   read_safetensors, right_padded, rotary_table, rotate, token_losses)
 
 TINY = dict(vocab_size=50, width=32, blocks=3, heads=4, kv_heads=2, head_width=8, hidden=48, context=64)
 
@@ -85,7 +86,8 @@ def test_texts_packed_into_one_row_do_not_see_each_other():
     model, (row,) = tiny(), some_tokens(1, 12)
     texts = torch.tensor([[0] * 5 + [2] * 3 + [1] * 3 + [-1]])                  # 1, 2: numbers, not an order
     whole = model(row[None], cache=Packed(texts))[0]
-    cut = model.tail(model(row[None], upto=1, cache=Packed(texts)), since=1, cache=Packed(texts))[0]
+    packed = Packed(texts)
+    cut = model.tail(model(row[None], upto=1, cache=packed), since=1, packed=packed)[0]
     for text in (0, 1, 2):
         at = texts[0] == text
         alone = model(row[at][None])[0]
@@ -151,9 +153,55 @@ def test_a_sequence_beyond_the_context_is_an_error():
         tiny()(some_tokens(1, 65))
 
 
-# --------------------------------------------------------------------------------------- cache and generation
+# ------------------------------------------------------------------------------ states and losses of prompts
 
 PROMPTS = [some_tokens(n, seed=n).tolist() for n in (1, 9, 4, 17, 9)]
+
+
+@pytest.mark.parametrize("l", [0, 1, 2, 3])
+@pytest.mark.parametrize("pad", [0, 49])
+def test_last_states_are_those_at_the_last_token_of_each_prompt(l, pad):
+    """No mask hides the padding, and none is needed: each prompt alone has the same state."""
+    model = tiny()
+    states = last_states(model, PROMPTS, l, pad=pad)
+    for ids, state in zip(PROMPTS, states, strict=True):
+        assert torch.allclose(state, model(torch.tensor([ids]), upto=l)[0, -1], atol=1e-5)
+
+
+def test_right_padded_keeps_the_prompts_and_knows_where_they_end():
+    prompts = [[5, 6, 7], [8], [9, 9]]
+    tokens, last = right_padded(prompts, "cpu", pad=3)
+    assert tokens.tolist() == [[5, 6, 7], [8, 3, 3], [9, 9, 3]] and last.tolist() == [2, 0, 1]
+    assert prompts == [[5, 6, 7], [8], [9, 9]], "the caller's lists are left alone"
+
+
+@pytest.mark.parametrize("context", [0, 64])
+def test_token_losses_are_those_of_one_sequence_and_one_token_at_a_time(context):
+    """Each loss is computed anew from the tokens before it alone, whatever shares its row."""
+    model = tiny()
+    sequences = [(ids, first) for ids, first in zip(PROMPTS[1:], (3, 1, 16, 9 - 2))]
+    tokens, targets, texts = collate(sequences, "cpu", context)
+    losses = token_losses(model, tokens, targets, texts)
+    assert len(losses) == sum(len(ids) - first for ids, first in sequences) == (targets >= 0).sum()
+    owner = texts[targets >= 0]
+    for i, (ids, first) in enumerate(sequences):
+        alone = [-model(torch.tensor([ids[:t]]))[0, -1].log_softmax(-1)[ids[t]]
+                 for t in range(first, len(ids))]
+        assert torch.allclose(losses[owner == i], torch.stack(alone), atol=1e-4)
+
+
+def test_the_prompt_teaches_nothing():
+    """Its tokens are read and have no loss: another target there would change no number."""
+    model = tiny()
+    tokens, targets, texts = collate([([5, 6, 7, 8, 9], 3)], "cpu")
+    losses = token_losses(model, tokens, targets, texts)
+    assert losses.shape == (2,) and (targets[0, :2] == -1).all()
+    logits = model(tokens)[0]
+    expected = torch.nn.functional.cross_entropy(logits[2:], torch.tensor([8, 9]), reduction="none")
+    assert torch.allclose(losses, expected, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------- cache and generation
 
 
 def test_batched_generation_is_plain_generation_token_for_token():
@@ -311,8 +359,8 @@ BAD = {                                          # fault: (how to make it, what 
     "no folder": (lambda f: f.rename(f.with_name("elsewhere")),
                   "config.json: no such file; give a local folder with config.json and *.safetensors"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file; give a local folder"),
-    "cut JSON": (lambda f: (f / "config.json").write_text('{"a": '), "config.json: not a JSON object (Exp"),
-    "JSON list": (lambda f: (f / "config.json").write_text("[1]"), "config.json: not a JSON object"),
+    "cut JSON": (lambda f: (f / "config.json").write_text('{"a": '), "config.json: line 1: not JSON (Exp"),
+    "JSON list": (lambda f: (f / "config.json").write_text("[1]"), "config.json: not a JSON object; the copy"),
     "architecture": (config(model_type="mamba"),
                      "config.json: model_type is 'mamba', only 'llama' or 'qwen2' is supported; choose"),
     "activation": (config(hidden_act="gelu"), "hidden_act is 'gelu', only 'silu' is supported"),
@@ -335,13 +383,14 @@ BAD = {                                          # fault: (how to make it, what 
     "quoted offset": (norm(data_offsets=["0", 128]), "the header is not one of safetensors"),
     "fractional shape": (norm(shape=[32.0]), "the header is not one of safetensors"),
     "negative offset": (norm(data_offsets=[-128, 0]), "F32 [32] cannot lie in bytes -128 to 0"),
+    "two from the end": (norm(data_offsets=[-256, -128]), "F32 [32] cannot lie in bytes -256 to -128"),
     "negative shape": (norm(shape=[-4, -8]), "F32 [-4, -8] cannot lie in bytes"),
     "size of another type": (norm(dtype="BF16"), "tensor model.norm.weight BF16 [32] cannot lie in bytes"),
     "unknown type": (norm(dtype="I8"), "tensor model.norm.weight is I8, only F32, F16, BF16 are supported"),
     "missing tensor": (header(lambda h: h.pop("model.norm.weight")),
                        "tensor model.norm.weight should be [32], in the weights it is absent; use the conf"),
     "surplus tensor": (header(lambda h: h.update(more=h["model.norm.weight"])),
-                       "tensor more should be absent, in the weights it is [32]; use the config.json"),
+                       "tensor more should be absent, in the weights it is [32]; use the config and"),
     "wrong shape": (norm(shape=[4, 8]), "tensor model.norm.weight should be [32], in the weights it is [4,"),
     "Llama as Qwen2": (config(model_type="qwen2"), "k_proj.bias should be [16], in the weights it is absent"),
 }

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import train
 from conftest import ROOT, TINY, cut
 from data import Example, World
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, last_states
 from train import REAL, Settings, add_lora, augment, merge_lora, parse, pretrain, refine, sft_loss, tune
 
 TOKENS = torch.randint(300, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -31,20 +31,13 @@ def with_settings(run, **changes):
 
 def test_sft_loss_is_the_mean_over_response_tokens(model, run, parts):
     """One sequence at a time, one token at a time; the prompt teaches nothing."""
-    sequences, terms = [run.tokens(e, 128) for e in parts.general[:4] + parts.safe[:1]], []
+    sequences, terms = run.exchanges(parts.general[:4] + parts.safe[:1], 128), []
     for ids, first in sequences:
         log_p = model(torch.tensor([ids]))[0].log_softmax(-1)
         terms += [-log_p[t - 1, ids[t]] for t in range(first, len(ids))]
     loss, read, computed = sft_loss(model, sequences, run)
     assert torch.allclose(loss, torch.stack(terms).mean(), rtol=1e-5)
     assert read == sum(len(ids) - 1 for ids, _ in sequences) <= computed
-
-
-def test_long_answers_are_cut_and_prompts_never(run):
-    ids, first = with_settings(run, longest=40).tokens(Example("Why?", "because " * 100), 128)
-    assert len(ids) == 40 and ids[first:] == run.chat.response("because " * 100)[:40 - first]
-    ids, first = with_settings(run, longest=40).tokens(Example("why " * 20, "because " * 100), 128)
-    assert ids[:first] == run.chat.prompt("why " * 20) and len(ids) == first + 8 > 40
 
 
 @pytest.mark.parametrize("part", ["general", "general_heldout", "safe", "seemingly", "toxic", "suites"])
@@ -68,6 +61,16 @@ def test_lora_starts_at_the_base_to_the_bit_and_trains_nothing_else(model):
     assert trained == {name for name, p in model.named_parameters() if name.endswith((".A", ".B"))}
 
 
+def test_lora_is_the_matrix_w_plus_b_a(model):
+    """y = W x + B (A x), as on paper, at every linear map."""
+    linear = model.layers[0].mlp.up_proj
+    add_lora(model, 2, seed=0)
+    lora, x = model.layers[0].mlp.up_proj, torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    lora.B.data += 0.5
+    assert lora.linear is linear and torch.linalg.matrix_rank(lora.B @ lora.A) == 1
+    assert torch.allclose(lora(x), x @ (linear.weight + lora.B @ lora.A).T, atol=1e-5)
+
+
 def test_merged_lora_is_the_tuned_model_as_an_ordinary_one(model):
     """Ranks: a larger one would mean that something else was written, a smaller one that B A was not."""
     original = {name: p.clone() for name, p in model.named_parameters()}
@@ -76,7 +79,7 @@ def test_merged_lora_is_the_tuned_model_as_an_ordinary_one(model):
         p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
     tuned = model(TOKENS)
     merge_lora(model)
-    assert torch.equal(model(TOKENS), tuned)
+    assert torch.allclose(model(TOKENS), tuned, rtol=1e-4, atol=1e-5)            # rounding alone
     assert {name for name, _ in model.named_parameters()} == set(original)
     for name, p in model.named_parameters():
         change = (p - original[name]).detach()
@@ -150,21 +153,15 @@ def test_refinement_moves_the_lower_blocks_and_nothing_else(model, run, shuffled
 
 def classes_of_refinement(model, run, shuffled, monkeypatch):
     """The prompts that had label 0 and those that had label 1, over many steps."""
-    by_label, batches = ({0: set(), 1: set()}), []
-    last_states, circle_loss = train.evaluation.last_states, train.circle_loss
+    by_label, objective = ({0: set(), 1: set()}), train.refinement_loss
 
-    def watch_prompts(model, prompts, l):
-        batches.append([tuple(ids) for ids in prompts])
-        return last_states(model, prompts, l)
-
-    def watch_labels(states, labels, **knobs):
-        for ids, label in zip(batches[-1], labels.tolist(), strict=True):
-            by_label[label].add(ids)
+    def watched(model, base, prompts, labels, *rest):
+        for ids, label in zip(prompts, labels.tolist(), strict=True):
+            by_label[label].add(tuple(ids))
         assert labels.tolist().count(0) == labels.tolist().count(1)     # balanced in every batch
-        return circle_loss(states, labels, **knobs)
+        return objective(model, base, prompts, labels, *rest)
     with monkeypatch.context() as patch:
-        patch.setattr(train.evaluation, "last_states", watch_prompts)
-        patch.setattr(train, "circle_loss", watch_labels)
+        patch.setattr(train, "refinement_loss", watched)
         refine("refined", model, with_settings(run, refine_steps=100), shuffled)
     return by_label
 
@@ -183,7 +180,7 @@ def test_shuffled_labels_keep_the_prompts_and_the_sizes_and_lose_the_truth(model
 def test_refinement_parts_the_classes(model, run, parts):
     """The one thing it is for: less alike between the classes than within, about the base's mean state."""
     def gap(model, centre):
-        states = [train.evaluation.last_states(model, [run.chat.prompt(e.prompt) for e in part], 1)
+        states = [last_states(model, [run.chat.prompt(e.prompt) for e in part], 1)
                   for part in (parts.seemingly, parts.toxic)]
         centre = torch.cat(states).mean(0) if centre is None else centre
         benign, toxic = (F.normalize(h - centre, dim=1) for h in states)
@@ -193,6 +190,15 @@ def test_refinement_parts_the_classes(model, run, parts):
     before, centre = gap(model, None)
     after, _ = gap(refined, centre)
     assert before < 0.05 and after > 0.2
+
+
+@pytest.mark.parametrize("steps", [400, 50, 40, 6])
+def test_a_curve_has_nineteen_points_more_of_them_early(steps):
+    """Refusals are learnt in the first fifth. Short runs have fewer steps than points."""
+    moments = train.moments(steps)
+    assert len(moments) == 19 and moments == sorted(moments) and (moments[0], moments[-1]) == (0, steps)
+    assert len(set(moments)) == 19 or steps < 50
+    assert sum(step < steps / 5 for step in moments) >= 10
 
 
 # -------------------------------------------------------------------------------------------- kill and resume
@@ -293,9 +299,9 @@ def test_the_same_command_goes_on_where_it_was_killed(small_world, finished, tmp
     assert labels == ["DCR", "refined-shuffled", "DCR-shuffled"]
     assert weights(tmp_path) == weights(finished) != {} and measured(tmp_path) == measured(finished)
     labels.clear()
-    train.measure_again(tmp_path)                               # only evaluates, with the same result
+    (tmp_path / "results.json").unlink()
+    train.main(command)                                         # only measures, with the same result
     assert labels == [] and measured(tmp_path) == measured(finished)
-    assert (tmp_path / "results.old.json").exists()
 
 
 def test_another_setting_is_refused_by_name(small_world, tmp_path):
@@ -366,15 +372,15 @@ def test_tables_and_figures_can_be_rebuilt_from_the_results(finished):
 # ------------------------------------------------------------------------------------------------ the command
 
 def test_help_explains_every_setting(capsys):
-    """Help is read from the comments: a field without one, or a reordered line, would lose its text."""
+    """A setting that nobody can look up is a setting that nobody trusts."""
     with pytest.raises(SystemExit) as end:
         parse(["--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert end.value.code == 0
     for field in dataclasses.fields(Settings):
         flag = f"--{field.name.replace('_', '-')}"
-        assert re.search(rf"{flag} \S+ \[{re.escape(str(field.default))}[ \]]", said), flag
-    assert "l: refinement shapes the states after this block" in said and "(with --init 15)" in said
+        assert re.search(rf"{flag} \S+ \[{re.escape(str(field.default))}[;\]]", said), flag
+    assert "l: refinement shapes the states after this block" in said and "[3; with --init 15]" in said
 
 
 @pytest.mark.parametrize("argv", [["--gama=9"], ["--layer=two"], ["surplus"], ["--centre=perhaps"]])
@@ -390,6 +396,7 @@ def test_values_parse_by_their_type():
     s = parse(["--centre", "true", "--gamma", "8", "--pretrain-steps=3", "--out=there", "--refine-lr=1e-4"])
     assert (s.centre, s.gamma, s.pretrain_steps, s.out, s.refine_lr) == (True, 8.0, 3, "there", 1e-4)
     assert not parse(["--centre", "false"]).centre and not parse(["--init=x", "--centre=false"]).centre
+    assert parse(["--out", "true"]).out == "true"                  # a folder may be called that
 
 
 def test_a_checkpoint_brings_its_own_defaults_which_flags_override():
@@ -425,7 +432,7 @@ def broken_results(folder):
 @pytest.mark.parametrize("make, says", [
     (lambda folder: ["--init", str(folder / "nothing")], "nothing"),
     (malformed, "mine.benign.csv: row 1: no valid CSV"),
-    (broken_results, "results.json: line 1: no valid JSON"),
+    (broken_results, "results.json: line 1: not JSON"),
 ])
 def test_bad_input_ends_the_command_with_one_line(make, says, tmp_path):
     """A traceback would tell of our code, not of the user's file."""
