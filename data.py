@@ -493,7 +493,6 @@ class Chat:
     encoding: tiktoken.Encoding
     template: tuple     # a user turn: special ids and texts between, one with "{user}" in it
     stop: int           # ends a response
-    pad: int            # fills prompts up on the right, where attention does not look: any will do
     size: int           # ids from here on, bytes without a token (`load_tokenizer`), are dropped
     nfc: bool = False   # compose accents first: Qwen does
 
@@ -540,7 +539,7 @@ def world_chat(parts, vocab_size):
     user = encoding.encode_single_token("<|user|>")
     assistant = encoding.encode_single_token("<|assistant|>")
     end = encoding.encode_single_token("<|end|>")
-    return Chat(encoding, (user, "{user}", assistant), stop=end, pad=end, size=encoding.n_vocab)
+    return Chat(encoding, (user, "{user}", assistant), stop=end, size=encoding.n_vocab)
 
 def pack(sizes, room):
     """[(row, start)] of sequences by size: longest first, each into the first row with room."""
@@ -682,7 +681,7 @@ def load_tokenizer(folder):
         folder.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
     template, stop = chat_format(folder, special)
     nfc = spec.get("normalizer") is not None
-    return Chat(encoding, template, stop, pad=stop, size=size, nfc=nfc)
+    return Chat(encoding, template, stop, size=size, nfc=nfc)
 
 def split_pattern(spec, folder):
     """The pattern that cuts text into pieces, by the `pre_tokenizer` of a tokenizer.json."""

@@ -6,17 +6,18 @@ Refinement" (arXiv 2603.03323), in the rest of the project called "the paper". T
 1. The Circle loss (Sun et al. 2020, arXiv 2002.10857). It makes the states of one class alike and
    those of two classes unlike.
 2. The objective of refinement: the Circle loss on the states h_x after block l, plus two terms that
-   keep the model what it was otherwise. Whoever wants to change the method changes this section.
-3. Why that should help. A refusal taught on a prompt x moves every other prompt x' in proportion
-   to their kernel K(x', x) = dz(x')/dtheta dz(x)/dtheta^T. Here z are the logits of the first
-   response token. With pi their softmax and e_y the one-hot vector of the token y, a step of SGD on
-   (x, y) with learning rate eta makes
+   keep the model what it was otherwise. To try another method, change this section.
+3. Why that should help. Let z(x) be the logits of the first response token after a prompt x, pi(x)
+   their softmax and e_y the one-hot vector of a token y. A step of SGD on (x, y) with learning rate
+   eta changes the logits of every other prompt x' by
 
-       Delta z(x') = -eta K(x', x) (pi(x) - e_y) + O(eta^2).
+       Delta z(x') = -eta K(x', x) (pi(x) - e_y) + O(eta^2)
+       with the kernel  K(x', x) = dz(x')/dtheta dz(x)/dtheta^T,
 
-   With all parameters after block l frozen, Proposition 1 of the paper bounds K by a similarity of
-   states, ||K(x', x)||_F <= c_l h_x'^T Q_l h_x + slack. So prompts whose states are unlike should
-   not share refusals. This section computes K and every term of the bound exactly.
+   so a refusal spreads as far as the kernel reaches. With all parameters after block l frozen,
+   Proposition 1 of the paper bounds ||K(x', x)||_F by a similarity of the states h_x' and h_x.
+   Prompts with unlike states should then not share refusals. This section computes the kernel
+   exactly, and both sides of the bound.
 
 There is no training here. Read `train.py` next.
 """
@@ -34,7 +35,7 @@ from model import Packed, RMSNorm, last_states, right_padded
 # --------------------------------------------------------------------------------------------------
 # 1. The Circle loss
 
-STRIP = 256                # anchors compared at a time on a CPU: their cosines fit in its cache
+STRIP = 256                # anchors at a time on a CPU: with 4,096 others, 4 MB of cosines
 GPU_STRIP_PAIRS = 2 ** 27  # pairs at a time on a GPU, which wants more work at once: 0.5 GB
 
 def circle_loss(features, labels, references=None, reference_labels=None, margin=0.25, gamma=32.0,
@@ -58,10 +59,10 @@ def circle_loss(features, labels, references=None, reference_labels=None, margin
     No gamma overflows: sums of exponentials are taken relative to their largest term. The loss is
     computed in fp32, or in fp64 for fp64 features, under any autocast.
 
-    Positives and negatives are sought among `references` (M, d) with `reference_labels` (M,), for
-    example a memory bank or the batches of other workers; by default among the anchors. If the
-    anchors are rows own, own + 1, ... of the references, say so, and none is compared with itself.
-    ValueError for other shapes.
+    Refinement here needs 32 anchors among themselves. For larger work, positives and negatives may
+    be sought among `references` (M, d) with `reference_labels` (M,), for example a memory bank or
+    the batches of other workers. If the anchors are rows own, own + 1, ... of the references, with
+    the same labels, say so, and none is compared with itself. ValueError for other shapes.
     """
     if (references is None) != (reference_labels is None):
         raise ValueError("references and reference_labels come together")
@@ -83,21 +84,23 @@ def circle_loss(features, labels, references=None, reference_labels=None, margin
 class CircleLoss(torch.autograd.Function):
     """The loss of unit vectors x (N, d) among unit vectors y (M, d), with its gradient by hand.
 
+    By hand, because autograd would keep a dozen matrices of all pairs: this takes a tenth of the
+    time and less than a tenth of the memory of the usual implementation at N = 4,096.
+
     Cosines are at most 1, so each weight makes a square of its pair. With t = s_p - 1 for a
-    positive and t = max(s_n, -m) for a negative, both exponents l and both slopes look alike:
+    positive and t = max(s_n, -m) for a negative, both exponents e and both slopes look alike:
 
-        l_p = -gamma a_p (s_p - (1 - m)) = gamma (t^2 - m^2)     dl_p/ds_p, a_p held: gamma (t - m)
-        l_n =  gamma a_n (s_n - m)       = gamma (t^2 - m^2)     dl_n/ds_n, a_n held: gamma (t + m)
+        e_p = -gamma a_p (s_p - (1 - m)) = gamma (t^2 - m^2)     de_p/ds_p, a_p held: gamma (t - m)
+        e_n =  gamma a_n (s_n - m)       = gamma (t^2 - m^2)     de_n/ds_n, a_n held: gamma (t + m)
 
-    In the code, sqrt(gamma) is taken into the anchors, a = sqrt(gamma) x, so that a y^T gives
-    t sqrt(gamma) at once, and its square is the exponent, but for the constant gamma m^2. There are
-    no masks: the anchors of a class meet their positives as one matrix and their negatives as
-    another. And there is no matrix of all pairs: the anchors come in strips of rows, and memory is
-    O((N + M) d + strip * M).
+    The code works with t sqrt(gamma), whose square is the exponent but for the constant gamma m^2.
+    There are no masks: the anchors of a class meet their positives as one matrix and their
+    negatives as another. And there is no matrix of all pairs: the anchors come in strips of rows,
+    and memory is O((N + M) d + strip * M).
 
-    With Z_p = sum_p exp(l_p) and Z_n likewise, an anchor's loss is log(1 + Z_n Z_p), so
+    With Z_p = sum_p exp(e_p) and Z_n likewise, an anchor's loss is log(1 + Z_n Z_p), so
 
-        dL/ds_n = sigmoid(log Z_n + log Z_p)  exp(l_n) / Z_n  dl_n/ds_n         and for s_p alike.
+        dL/ds_n = sigmoid(log Z_n + log Z_p)  exp(e_n) / Z_n  de_n/ds_n         and for s_p alike.
 
     The loss is a mean, so this gradient is known as soon as a strip's sums are. It is computed in
     the forward pass, and the backward pass multiplies it by what comes back.
@@ -124,25 +127,29 @@ class CircleLoss(torch.autograd.Function):
             of_class = (x_labels == label).nonzero()[:, 0]
             anchors += len(of_class)
             for rows in of_class.split(strip):
-                a = root * x[rows]                                       # (strip, d)
-                t_p = (a @ y_p.T).sub_(root)              # (strip, P): sqrt(gamma) (s_p - 1)
-                t_n = (a @ y_n.T).clamp_(min=-root * m)   # (strip, Q): sqrt(gamma) max(s_n, -m)
+                scaled = root * x[rows]                                  # (strip, d)
+                t_p = (scaled @ y_p.T).sub_(root)             # (strip, P): sqrt(gamma) (s_p - 1)
+                t_n = (scaled @ y_n.T).clamp_(min=-root * m)  # (strip, Q): the same of max(s_n, -m)
+                # Each anchor is itself a row of y, own rows further on: in which column of y_p?
                 itself = None if own is None else torch.searchsorted(positives, rows + own)
                 log_p, sum_p, terms_p = exponentials(t_p, itself)
                 log_n, sum_n, terms_n = exponentials(t_n)
                 log_z = log_p + log_n - 2 * gamma * m * m                # (strip,): log(Z_p Z_n)
                 # log(1 + e^x) to the last digit; F.softplus returns x from x = 20 on
                 total += torch.logaddexp(log_z, torch.zeros_like(log_z)).sum()
-                if not any(ctx.needs_input_grad):
+                if not any(ctx.needs_input_grad):                   # nobody asks for a gradient
                     continue
-                slopes_p = terms_p.mul_(t_p.sub_(root * m))              # (strip, P)
-                slopes_n = terms_n.mul_(t_n.add_(root * m))              # (strip, Q)
-                # What belongs to a row scales the narrow (strip, d) side of the products.
+                # dL/ds = pull * terms * slope. In place, for these matrices are needed no more;
+                # pull belongs to a row and scales the narrow (strip, d) side of the products.
+                t_p -= root * m
+                t_n += root * m
+                slopes_p = terms_p.mul_(t_p)                             # (strip, P)
+                slopes_n = terms_n.mul_(t_n)                             # (strip, Q)
                 pull_p = (log_z.sigmoid() / sum_p)[:, None]              # (strip, 1)
                 pull_n = (log_z.sigmoid() / sum_n)[:, None]
                 grad_x[rows] = root * (pull_p * (slopes_p @ y_p) + pull_n * (slopes_n @ y_n))
-                grad_p.addmm_(slopes_p.T, pull_p * a)
-                grad_n.addmm_(slopes_n.T, pull_n * a)
+                grad_p.addmm_(slopes_p.T, pull_p * scaled)
+                grad_n.addmm_(slopes_n.T, pull_n * scaled)
             grad_y[positives] += grad_p
             grad_y[negatives] += grad_n
         anchors = max(anchors, 1)
@@ -156,16 +163,15 @@ class CircleLoss(torch.autograd.Function):
         return weight * grad_x, weight * grad_y, None, None, None, None, None
 
 def exponentials(t, left_out=None):
-    """Of exponents t^2 (rows, columns): log sum exp(t^2) of each row, (rows,); then the sum and its
-    terms, both relative to the largest term of the row, (rows,) and (rows, columns).
-
-    `left_out` (rows,) names a column of each row that does not count.
-    """
+    """Three things for each row of t (rows, columns): the log of its sum of exp(t^2), (rows,); that
+    sum relative to its largest term, (rows,); and the terms relative to it, (rows, columns).
+    `left_out` (rows,) names a column of each row that does not count."""
     exponents = t.square()
     if left_out is not None:
         exponents[torch.arange(len(t), device=t.device), left_out] = -torch.inf
     largest = exponents.amax(1)                                          # (rows,)
-    # Nothing below e^-80: such numbers are denormal in fp32 and take a CPU 50 times as long.
+    # At least e^-80, for a column left out too: it adds nothing to a sum of 1 or more, and smaller
+    # numbers are denormal in fp32, which takes a CPU 50 times as long.
     terms = exponents.sub_(largest[:, None]).clamp_(min=-80).exp_()
     sums = terms.sum(1)
     return largest + sums.log(), sums, terms
@@ -184,7 +190,8 @@ def refinement_loss(model, base, prompts, labels, tokens, texts, mean, s):
     model, base     the GPT that is refined, and the GPT from which it started
     prompts, labels half of each class, D_seemingly and D_toxic: lists of token ids; classes (n,)
     tokens, texts   (B, T) general texts, packed by `data.collate`
-    mean            (width,) the base's mean state over all prompts of refinement
+    mean            (width,) the base's mean state over all prompts of refinement: where the
+                    cosine has its origin (if s.centre), and from where sizes of states are measured
     s               `train.Settings`; read here: layer, margin, gamma, centre, still, keep
     """
     l = s.layer
@@ -206,10 +213,10 @@ def refinement_loss(model, base, prompts, labels, tokens, texts, mean, s):
         loss = loss + s.keep * forgetting(logits, base_logits)
     return loss
 
-def drift(hidden, base_hidden, centre):
-    """How far states (n, d) moved: ||h - h_base||^2 / ||h_base - centre||^2, each a sum."""
+def drift(hidden, base_hidden, origin):
+    """How far states (n, d) moved: ||h - h_base||^2 / ||h_base - origin||^2, each a sum."""
     moved = (hidden - base_hidden).square().sum()
-    size = (base_hidden - centre).square().sum()
+    size = (base_hidden - origin).square().sum()
     return moved / size
 
 def forgetting(logits, base_logits):
@@ -219,33 +226,45 @@ def forgetting(logits, base_logits):
     """
     base_log_p = base_logits.float().log_softmax(-1)
     log_p = logits.float().log_softmax(-1)
-    return F.kl_div(log_p, base_log_p, log_target=True, reduction="sum") / len(base_log_p)
+    # torch's kl_div(log q, log p) is KL(p || q); "batchmean" is the sum over V, mean over n
+    return F.kl_div(log_p, base_log_p, log_target=True, reduction="batchmean")
 
 # --------------------------------------------------------------------------------------------------
 # 3. The kernel, what it predicts, and the bound. The evaluation needs `kernel_norms` and what it
 #    calls; `Kernel.between` and everything from `first_order` on is for `theory.ipynb`.
 
-def gradient_products(model, prompts, read, l=None, inside=None):
-    """(r, {group: G}): r = read(h) (n, k) and the inner products of its gradients, by group,
+def gradient_products_plain(model, prompts, l, read):
+    """(r, G): r = read(h) (n, k), and the inner products of its gradients by all below the head,
 
-        G[i, j] = dr(x_i)/dtheta  dr(x_j)/dtheta^T,      G (n, n, k, k), fp64.
+        G[i, j] = dr(x_i)/dtheta  dr(x_j)/dtheta^T,      G (n, n, k, k).
 
-    h (n, width) is the stream after block l (default: the last) at the last token of each of n
-    prompts (lists of ids), and `read` any function of it. The groups of parameters are embeddings,
-    block 1 ... block L, final norm: all that h and `read` depend on but the head, or what lies in
-    the modules `inside`. What this means is `gradient_products_plain`, below.
+    h (n, width) is the stream after block l at the last token of each of n prompts (lists of ids),
+    and `read` any function of it, made of the final norm at most. Every gradient is written out.
+    """
+    r = read(last_states(model, prompts, l))                             # (n, k)
+    below = [p for name, p in model.named_parameters() if group_of(name) != "head"]
+    rows = []
+    for number in r.flatten():
+        gradients = torch.autograd.grad(number, below, retain_graph=True, materialize_grads=True)
+        rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    J = fp64(torch.stack(rows)).view(*r.shape, -1)                       # (n, k, parameters)
+    return r.detach(), torch.einsum("ipw,jqw->ijpq", J, J)
 
-    It takes k backward passes, for prompts do not meet in a batch: the gradient of a sum over
-    prompts is each prompt's own. No gradient of a weight is ever formed. A linear map u_t = W a_t
-    at tokens t adds sum_t B_t a_t^T to the gradient of W, where B_t = dr/du_t is the signal that
-    comes back to u_t. So its share of G is
+def gradient_products(model, prompts, l, read, inside=None):
+    """(r, {group: G}): the same with k backward passes and no gradient of a weight ever formed.
+
+    G comes in groups of parameters: embeddings, block 1 ... block l, final norm; or, if `inside`
+    lists modules, of those in them alone. Products are computed in fp32 and summed in fp64.
+
+    k passes are enough since prompts do not meet in a batch: the gradient of a sum over prompts is
+    each prompt's own. A linear map u_t = W a_t at tokens t adds sum_t B_t a_t^T to the gradient of
+    W, where B_t = dr/du_t is the signal that comes back to u_t. So its share of G is
 
         sum over t', t of  <a'_t', a_t>  B'_t' B_t^T :
 
     what two prompts have in common going up, times what they have in common coming down. (For whole
-    networks: Novak et al. 2022, arXiv 2206.08720, "structured derivatives".)
+    networks see Novak et al. 2022, arXiv 2206.08720: "structured derivatives".)
     """
-    blocks = model.config.blocks if l is None else l
     calls = []                                    # (module, input a, output u), as they ran
 
     def record(module, inputs, output):
@@ -260,13 +279,13 @@ def gradient_products(model, prompts, read, l=None, inside=None):
                 hooks.append(module.register_forward_hook(record))
     try:
         with torch.enable_grad(), torch.autocast(model.cos.device.type, enabled=False):
-            r = read(last_states(model, prompts, blocks))                # (n, k)
+            r = read(last_states(model, prompts, l))                     # (n, k)
     finally:
         for hook in hooks:
             hook.remove()
 
     outputs = [output for _, _, output in calls]
-    signals = []                                  # for each of the k numbers, dr/du of every call
+    signals = []                                  # k times: dr/du of every call
     for i in range(r.shape[1]):
         signals.append(torch.autograd.grad(r[:, i].sum(), outputs, retain_graph=True))
     names = {module: name for name, module in model.named_modules()}
@@ -279,38 +298,27 @@ def gradient_products(model, prompts, read, l=None, inside=None):
 
 def products_of_call(module, a, B):
     """One module's share (n, n, k, k) of `gradient_products`, from its inputs a (n, T, in) and the
-    signals B (n, k, T, out). The embedding's inputs are (n, T), the final norm has no axis T."""
+    signals B (n, k, T, out). Padding has no share: no signal comes back to it."""
     n, k = B.shape[:2]
-    if isinstance(module, RMSNorm):                       # u = weight * a / rms(a), elementwise
+    if isinstance(module, RMSNorm):               # u = weight * a / rms(a): dr/dweight is a sum
         width = a.shape[-1]
         unit = F.rms_norm(a.float(), (width,), eps=module.eps)
-        g = (B * unit[:, None]).view(n, k, -1, width).sum(2)             # (n, k, width): dr/dweight
+        by_token = (B * unit[:, None]).view(n, k, -1, width)             # the final norm has no T
+        g = by_token.sum(2)                                              # (n, k, width)
         return torch.einsum("ipw,jqw->ijpq", g, g)
-    if isinstance(module, nn.Embedding):                  # a linear map of one-hot vectors
+    if isinstance(module, nn.Embedding):          # a linear map of one-hot vectors; a (n, T) ids
         overlap = (a[:, :, None, None] == a).to(B.dtype)                 # (n, T', n, T)
     else:
         overlap = torch.einsum("itc,jsc->itjs", a, a)                    # (n, T', n, T)
         if module.bias is not None:
-            overlap = overlap + 1                         # the weight of one more input, always 1
+            overlap = overlap + 1                 # a bias is the weight of one more input, always 1
     G = B.new_empty(n, n, k, k)
-    for i in range(n):                                    # all pairs at once: n times the memory
+    for i in range(n):                            # all prompts x' at once: n times the memory
         by_prompt = overlap[i].transpose(0, 1)[:, None]                  # (n, 1, T', T)
         mixed = by_prompt @ B                                            # (n, k, T', out)
         product = B[i].reshape(k, -1) @ mixed.view(n * k, -1).T          # (k, T' out) (T' out, n k)
         G[i] = product.view(k, n, k).transpose(0, 1)                     # (n, k, k)
     return G
-
-def gradient_products_plain(model, prompts, read, l=None):
-    """What `gradient_products` means, all groups together: every gradient written out. (r, G)."""
-    blocks = model.config.blocks if l is None else l
-    r = read(last_states(model, prompts, blocks))                        # (n, k)
-    below = [p for name, p in model.named_parameters() if group_of(name) != "head"]
-    rows = []
-    for number in r.flatten():
-        gradients = torch.autograd.grad(number, below, retain_graph=True, materialize_grads=True)
-        rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
-    J = fp64(torch.stack(rows)).view(*r.shape, -1)                       # (n, k, parameters)
-    return r.detach(), torch.einsum("ipw,jqw->ijpq", J, J)
 
 def fp64(x):
     """x in double precision; on the CPU if its device has none, like Apple's GPUs."""
@@ -327,23 +335,23 @@ def group_of(name):
 
 @dataclass
 class Kernel:
-    """K(x', x) = J(x') J(x)^T of all pairs of n prompts, J = dz/dtheta, in small pieces.
+    """K(x', x) = dz(x')/dtheta dz(x)/dtheta^T of all pairs of n prompts, in small pieces.
 
-    z = W h are the V logits of the first response token. With G = dh(x')/dtheta dh(x)/dtheta^T over
-    the parameters below the head, and the gradient of the head itself added,
+    The V logits of the first response token are z = W h: W is the head, and h the stream after the
+    last block and the final norm. With G = dh(x')/dtheta dh(x)/dtheta^T over the parameters below
+    the head, and the gradient of the head itself added,
 
         K(x', x) = W G W^T + <h', h> I.
 
     No V x V matrix is needed, and d backward passes do the work of V. Exact for an untied head.
     """
-    W: torch.Tensor          # (V, d) the head
-    h: torch.Tensor          # (n, d) the final, normed state: z = W h
-    groups: dict             # {group: G (n, n, d, d)} below the head
+    W: torch.Tensor          # (V, d)
+    h: torch.Tensor          # (n, d)
+    groups: dict             # {group: G (n, n, d, d)}
 
     def pieces(self, only=None):
         """G (n, n, d, d) and <h', h> (n, n), summed over the groups in `only` (default: all)."""
-        if only is None:
-            only = [*self.groups, "head"]
+        only = [*self.groups, "head"] if only is None else only
         n, d = self.h.shape
         G = self.h.new_zeros(n, n, d, d)
         inner = self.h.new_zeros(n, n)
@@ -376,15 +384,15 @@ def kernel(model, prompts):
     """The exact `Kernel` of prompts (lists of ids). ValueError for a model with a tied head."""
     if model.config.tied:
         raise ValueError("a tied head has no exact kernel here: its embeddings are used twice")
-    h, groups = gradient_products(model, prompts, model.norm)
+    h, groups = gradient_products(model, prompts, model.config.blocks, model.norm)
     return Kernel(fp64(model.lm_head.weight.detach()), fp64(h), groups)
 
 def kernel_norms(model, prompts):
     """||K(x', x)||_F of all pairs of prompts (lists of ids), (n, n): exact for the small GPT.
 
-    Exactness costs width^2 numbers a pair and needs an untied head. Other models get an estimate of
-    the kind that the paper uses: the 10 likeliest logits of each prompt and the last 4 blocks. The
-    two are different quantities: compare models within one kind.
+    Exactness costs n^2 width^2 numbers and needs an untied head. Other models get what the paper
+    measures: of each prompt its own 10 likeliest logits alone, and the last 4 blocks alone. That is
+    another quantity, so compare models within one kind.
     """
     if model.config.width <= 128 and not model.config.tied:
         return kernel(model, prompts).norms()
@@ -392,18 +400,19 @@ def kernel_norms(model, prompts):
     def likeliest(h):
         return model.lm_head(model.norm(h)).topk(10).values              # (n, 10)
 
-    _, groups = gradient_products(model, prompts, likeliest, inside=model.layers[-4:])
-    return sum(groups.values()).square().sum((2, 3)).sqrt()
+    blocks = model.config.blocks
+    _, groups = gradient_products(model, prompts, blocks, likeliest, inside=model.layers[-4:])
+    return torch.linalg.matrix_norm(sum(groups.values()))
 
 @torch.no_grad()
 def first_order(model, prompts, parameters, change):
     """(z, dz), (n, V) each: the logits of the first response token at `parameters` {name: tensor},
     and their derivative along `change` {name: tensor},
 
-        z(theta + change) = z + J change + O(change^2),
+        z(theta + change) = z + dz + O(change^2),
 
-    in one forward-mode pass: J is never formed. With change = -eta J(x)^T (pi(x) - e_y), the step
-    of SGD on (x, y), dz is -eta K(x', x) (pi(x) - e_y). Any other optimizer's step will do as well.
+    in one forward-mode pass: dz/dtheta is never formed. With the step of SGD on (x, y) for change,
+    dz is -eta K(x', x) (pi(x) - e_y). Any other optimizer's step will do as well.
     """
     tokens, last = right_padded(prompts, model.cos.device)               # (n, T), (n,)
     rows = torch.arange(len(prompts), device=tokens.device)
@@ -415,8 +424,9 @@ def first_order(model, prompts, parameters, change):
         return jvp(logits, (parameters,), (change,))
 
 def tail_sensitivity(model, prompts, l):
-    """(S, elsewhere): S = dz/dh_x (n, V, d), with h_x the stream after block l at a prompt's last
-    token; elsewhere (n,), the share of ||dz/d(stream)||^2 that lies at its other tokens."""
+    """(S, elsewhere): S = dz/dh_x (n, V, d), with h_x the stream after block l at the last token of
+    a prompt; and how much passes it by, (n,): of the squared derivative of the final state by the
+    stream after block l at all tokens, the share that belongs to tokens before the last."""
     tokens, last = right_padded(prompts, model.cos.device)               # (n, T), (n,)
     rows = torch.arange(len(prompts), device=tokens.device)
     with torch.no_grad():
@@ -424,11 +434,10 @@ def tail_sensitivity(model, prompts, l):
     with torch.enable_grad():
         stream.requires_grad_()
         top = model.through_blocks(stream, l, model.config.blocks)
-        h = model.norm(top[rows, last])                                  # (n, d): z = W h
-        slopes = []
-        for i in range(h.shape[1]):
-            slopes.append(torch.autograd.grad(h[:, i].sum(), stream, retain_graph=True)[0])
-    slopes = torch.stack(slopes, dim=2)                                  # (n, T, of h, of stream)
+        final = model.norm(top[rows, last])                              # (n, d): z = W final
+        slopes = [torch.autograd.grad(final[:, i].sum(), stream, retain_graph=True)[0]
+                  for i in range(final.shape[1])]
+    slopes = torch.stack(slopes, dim=2)                                 # (n, T, d of final, d of h)
     at_last = slopes[rows, last]                                         # (n, d, d)
     share = at_last.square().sum((1, 2)) / slopes.square().sum((1, 2, 3))
     return fp64(model.lm_head.weight.detach()) @ fp64(at_last), 1 - share
@@ -438,64 +447,57 @@ def bilinear(h, products, ridge=0.1):
     <g', g> (n, n) of features g of n prompts with states h (n, d).
 
     Features that were linear in the state, g = Phi h, would have <g', g> = h'^T Phi^T Phi h. Ridge
-    regression of g on h gives Phi = g^T S with S = h (h^T h + lambda I)^-1. Then Q = Phi^T Phi =
-    S^T <g', g> S needs the inner products alone. `ridge` is lambda over the mean of ||h||^2.
+    regression of g on h gives Phi^T = R^T g, for h and g with a row for each prompt and R =
+    h (h^T h + lambda I)^-1. Then Q = Phi^T Phi = R^T <g', g> R needs the inner products alone.
+    `ridge` is lambda over the mean of ||h||^2.
     """
     identity = torch.eye(h.shape[1], dtype=h.dtype, device=h.device)
     penalty = ridge * h.square().sum(1).mean() * identity
-    S = h @ torch.linalg.inv(h.T @ h + penalty)                          # (n, d)
-    return S.T @ products @ S
+    R = h @ torch.linalg.inv(h.T @ h + penalty)                          # (n, d)
+    return R.T @ products @ R
 
 def proposition_1(model, prompts, l, others):
-    """Both sides of the paper's Proposition 1 for all pairs of prompts, and every term, in a dict:
+    """Both sides of the paper's Proposition 1, for all pairs of n prompts:
 
-        ||K(x', x)||_F <= c h_x'^T Q h_x + sqrt(c) tau (||G_x'||_F + ||G_x||_F) + tau^2 + Delta.
+        ||K(x', x)||_F <= c h_x'^T Q h_x + sqrt(c) tau (||J_x'||_F + ||J_x||_F) + tau^2 + Delta,
 
-    The paper states that the terms exist, not how to measure them. We read them so:
-      h, size      h_x, the stream after block l at the last token; ||G_x||_F for G_x = dh_x/dtheta
-                   over the parameters up to block l. (A4, bounded features: both have a maximum)
-      c            max ||dz/dh_x||_op^2 over the prompts (A1, bounded tail sensitivity)
-      Q            such that tr(G_x' G_x^T) ~ h_x'^T Q h_x (A2, local linearity), by `bilinear` from
-                   the prompts `others`, which are not tested
-      delta        what A2 leaves open: c times the most by which ||G_x' G_x^T||_F exceeds
-                   h_x'^T Q h_x among pairs of different `others`; at least 0
-      tau          max ||dz/dtheta_tail||_F over the prompts (A3, weak tail updates)
-    The two sides are `left` and `right` with the tail trained; with the tail frozen, tau is 0 and
-    they are `left_frozen` and `right_frozen`; (n, n) each. What loosens the bound, (n, n) too:
-      products     ||G' G^T||_F           traces     tr(G' G^T)            form    h'^T Q h
-      through      ||S' G' G^T S^T||_F for S = dz/dh_x     crossed    the term with sqrt(c) tau
-      sensitivity  ||S||_op, (n,)         elsewhere  what passes S by, (n,): `tail_sensitivity`
-    All in fp64.
+    where J_x = dh_x/dtheta over the parameters up to block l (the paper's G_x). With the tail
+    frozen, tau is 0. The paper says that such terms exist, not how to measure them: our reading of
+    each stands in the code. `others` are more prompts, to estimate Q and Delta from.
+
+    Returns a dict of tensors in fp64, named as in the code, (n, n) if not said otherwise.
     """
     K = kernel(model, prompts)
+    h, P = states_and_products(model, prompts, l)        # (n, d); P = J' J^T, (n, n, d, d)
+    products = torch.linalg.matrix_norm(P)               # ||J' J^T||_F
+    traces = trace(P)                                    # <J', J> = tr(J' J^T)
+    size = traces.diagonal().sqrt()                      # (n,): ||J_x||_F. A4: it is bounded
+
+    # A1, bounded tail sensitivity: c is the largest squared operator norm of dz/dh_x.
+    S, elsewhere = tail_sensitivity(model, prompts, l)   # (n, V, d), (n,)
+    sensitivity = torch.linalg.matrix_norm(S, 2)         # (n,)
+    c = sensitivity.max() ** 2
+
+    # A2, local linearity: <J', J> is about h'^T Q h. Delta is c times the most by which other pairs
+    # of prompts exceed that; with the diagonal at 0, pairs of a prompt with itself do not count.
+    other_h, other_P = states_and_products(model, others, l)
+    Q = bilinear(other_h, trace(other_P))                # (d, d)
+    form = h @ Q @ h.T
+    excess = torch.linalg.matrix_norm(other_P) - other_h @ Q @ other_h.T
+    delta = c * excess.fill_diagonal_(0).max()
+
+    # A3, weak tail updates: tau is the largest ||dz/dtheta_tail||_F. Its square is the trace of the
+    # tail's own K(x, x) = W G W^T + <h, h> I.
     below = ["embeddings"] + [f"block {i}" for i in range(1, l + 1)]
     tail = [group for group in [*K.groups, "head"] if group not in below]
-
-    # A1 and A4
-    h, G = states_and_products(model, prompts, l)                        # (n, d), (n, n, d, d)
-    S, elsewhere = tail_sensitivity(model, prompts, l)                   # (n, V, d), (n,)
-    sensitivity = torch.linalg.matrix_norm(S, 2)                         # (n,)
-    c = sensitivity.max() ** 2
-    traces = trace(G)
-    size = traces.diagonal().sqrt()
-    products = G.square().sum((2, 3)).sqrt()
-
-    # A2, on other prompts
-    other_h, other_G = states_and_products(model, others, l)
-    Q = bilinear(other_h, trace(other_G))
-    excess = other_G.square().sum((2, 3)).sqrt() - other_h @ Q @ other_h.T
-    excess.fill_diagonal_(0)                              # pairs of different prompts count
-    delta = c * excess.max()
-    form = h @ Q @ h.T
-
-    # A3: ||dz/dtheta_tail||_F^2 = tr K_tail(x, x) = tr(W^T W G_tail) + <h, h> V
-    G_tail, inner = K.pieces(tail)
-    tail_traces = trace(G_tail @ (K.W.T @ K.W)) + inner * len(K.W)       # (n, n)
+    G, inner = K.pieces(tail)
+    tail_traces = trace(G @ (K.W.T @ K.W)) + inner * len(K.W)
     tau = tail_traces.diagonal().sqrt().max()
     crossed = c.sqrt() * tau * (size[:, None] + size[None, :])
 
-    gram = S.transpose(1, 2) @ S                                         # (n, d, d): S^T S
-    through = (G * (gram[:, None] @ G @ gram[None])).sum((2, 3)).sqrt()
+    # What of K, the tail frozen, goes through the last token: ||S' J' J^T S^T||_F, by S^T S.
+    gram = S.transpose(1, 2) @ S                         # (n, d, d)
+    through = (P * (gram[:, None] @ P @ gram[None])).sum((2, 3)).sqrt()
     right_frozen = c * form + delta
     return dict(left=K.norms(), right=right_frozen + crossed + tau ** 2,
                 left_frozen=K.norms(below), right_frozen=right_frozen,
@@ -504,10 +506,10 @@ def proposition_1(model, prompts, l, others):
                 elsewhere=elsewhere)
 
 def states_and_products(model, prompts, l):
-    """h_x (n, d) and G_x' G_x^T (n, n, d, d), fp64, for G_x = dh_x/dtheta."""
-    h, groups = gradient_products(model, prompts, lambda h: h, l)
+    """h_x (n, d) and J_x' J_x^T (n, n, d, d), fp64, for J_x = dh_x/dtheta."""
+    h, groups = gradient_products(model, prompts, l, lambda h: h)
     return fp64(h), sum(groups.values())
 
-def trace(G):
-    """tr G of the last two axes: (..., d, d) -> (...)."""
-    return G.diagonal(dim1=-2, dim2=-1).sum(-1)
+def trace(matrices):
+    """The traces of the last two axes: (..., d, d) -> (...)."""
+    return matrices.diagonal(dim1=-2, dim2=-1).sum(-1)

@@ -9,7 +9,7 @@ For the method of "Discern Truth from Falsehood" (arXiv 2603.03323, "the paper")
   * `last_states`: h_x, the states in that stream that refinement shapes (section 4 of the paper);
   * `model.tail(hidden, since=l)`: everything after block l, the part that refinement freezes;
   * `model.split(l)`: the parameters on either side of that cut.
-There is no training here. Read `dcr.py` next: what to do with those states.
+Read `dcr.py` next: what to do with those states.
 """
 import json
 import math
@@ -39,16 +39,11 @@ class GPTConfig:
     qkv_bias: bool = False         # Qwen2 has it, Llama has not
     tied: bool = False             # output head = token embeddings
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """x / rms(x) * gain, in fp32: in bf16 the error of 30 norms shows in greedy answers."""
 
-    def __init__(self, width, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
     def forward(self, x):
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+        return super().forward(x.float())
 
 def rotary_table(c):
     """cos and sin of position * theta^(-2i/head_width), (context, head_width) each. The halves
@@ -67,32 +62,37 @@ def rotate(x, cos, sin):
     left, right = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-right, left), dim=-1) * sin
 
-class Attention(nn.Module):
-    """What a token sees is up to `cache`, wherever that stands in this file. None: its row so far.
-    A `Packed`: of several texts in its row its own. A `Cache`: also what earlier calls stored."""
+# Which tokens may a token look at? The argument `cache` of all that follows says so:
+#   None        those of its row, up to itself;
+#   a Packed    of these, the ones of its own text (nothing is stored);
+#   a Cache     those of its row, up to itself, and before them what it stored in earlier calls.
+# Packed and Cache stand below GPT and have the same two methods. GPT calls advance(T) once for T
+# tokens, to get their positions. Then Attention, in each block, calls extend(self, k, v), to get
+# the keys and values to look at and the mask of who sees which (None: each all up to itself).
 
+class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.config = c
+        self.head_width = c.head_width
         self.q_proj = nn.Linear(c.width, c.heads * c.head_width, bias=c.qkv_bias)
         self.k_proj = nn.Linear(c.width, c.kv_heads * c.head_width, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.width, c.kv_heads * c.head_width, bias=c.qkv_bias)
         self.o_proj = nn.Linear(c.heads * c.head_width, c.width, bias=False)
 
     def forward(self, x, rotary, cache=None):
-        c = self.config
-        B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, c.heads, c.head_width).transpose(1, 2)
-        k = self.k_proj(x).view(B, T, c.kv_heads, c.head_width).transpose(1, 2)
-        v = self.v_proj(x).view(B, T, c.kv_heads, c.head_width).transpose(1, 2)
-        q = rotate(q, *rotary).to(v.dtype)      # (B, heads, T, head_width); v: bf16 in autocast
-        k = rotate(k, *rotary).to(v.dtype)      # (B, kv_heads, T, head_width)
+        heads = (-1, self.head_width)      # (B, T, heads * head_width) -> (B, heads, T, head_width)
+        q = self.q_proj(x).unflatten(2, heads).transpose(1, 2)
+        k = self.k_proj(x).unflatten(2, heads).transpose(1, 2)      # k and v: kv_heads
+        v = self.v_proj(x).unflatten(2, heads).transpose(1, 2)
+        # Rotation is in fp32, and so are its results; under autocast v is bf16, and all must agree.
+        q = rotate(q, *rotary).to(v.dtype)
+        k = rotate(k, *rotary).to(v.dtype)
         visible = None
         if cache is not None:
             k, v, visible = cache.extend(self, k, v)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None,
-                                           enable_gqa=c.heads != c.kv_heads)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))     # (B, T, heads * head_width)
+                                           enable_gqa=True)         # several heads for each of k, v
+        return self.o_proj(y.transpose(1, 2).flatten(2))            # (B, T, heads * head_width)
 
 class MLP(nn.Module):
     """SwiGLU: one half of the hidden layer gates the other."""
@@ -119,7 +119,7 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 class GPT(nn.Module):
-    """Module names are those of Hugging Face's Llama less "model.": checkpoints map one to one."""
+    """Modules are named as in Hugging Face's Llama, except that "model." in front is left out."""
 
     def __init__(self, config):
         super().__init__()
@@ -133,16 +133,16 @@ class GPT(nn.Module):
         cos, sin = rotary_table(c)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+        # As in GPT-2, what writes to the stream starts smaller. Biases stay as torch makes them.
         for name, p in self.named_parameters():
-            if p.dim() == 2:       # GPT-2's scheme: what writes to the stream starts smaller
+            if p.dim() == 2:
                 writes = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=0.02 / (2 * c.blocks) ** 0.5 if writes else 0.02)
 
     def forward(self, tokens, upto=None, cache=None):
         """Logits (B, T, vocabulary) of tokens (B, T); with `upto=l` the stream (B, T, width) there.
-
         l counts from 1: after block l. l = 0 is the embedding. No block above l is computed.
-        `cache`: see `Attention`. ValueError for tokens beyond the context, an l out of range."""
+        ValueError: l out of range; T beyond the context; in a Cache, tokens beyond its room."""
         T = tokens.shape[1]
         if T > self.config.context:
             raise ValueError(f"sequence of {T} tokens exceeds the context of {self.config.context}")
@@ -152,8 +152,7 @@ class GPT(nn.Module):
 
     def tail(self, hidden, since, packed=None):
         """Logits of the stream after block `since`: tail(model(x, upto=l), since=l) == model(x).
-
-        After the last block only norm and head are left: any shape (..., width) will do.
+        After the last block only norm and head are left: there any shape (..., width) will do.
         No `Cache` here: forward(upto=l) has already claimed its slots for these tokens."""
         stream = self.through_blocks(hidden, since, self.config.blocks, packed)
         return self.lm_head(self.norm(stream))
@@ -163,10 +162,13 @@ class GPT(nn.Module):
         self.check_block(first)
         self.check_block(last)
         if first == last:
-            return x
+            return x                                           # of any shape, as `tail` promises
         T = x.shape[1]
-        positions = slice(T) if cache is None else cache.advance(T)[:, None]     # (B, 1, T)
-        rotary = (self.cos[positions], self.sin[positions])    # for all heads alike
+        if cache is None:
+            rotary = (self.cos[:T], self.sin[:T])              # (T, head_width) each
+        else:
+            positions = cache.advance(T)[:, None]              # (B, 1, T): for all heads alike
+            rotary = (self.cos[positions], self.sin[positions])    # (B, 1, T, head_width) each
         for block in self.layers[first:last]:
             x = block(x, rotary, cache)
         return x
@@ -178,44 +180,43 @@ class GPT(nn.Module):
         lower = [f"layers.{i}." for i in range(l)]             # block 1 is layers.0
         if not self.config.tied:
             lower.append("embed_tokens.")
-        parameters = dict(self.named_parameters())
-        below = {name: p for name, p in parameters.items() if name.startswith(tuple(lower))}
-        above = {name: p for name, p in parameters.items() if name not in below}
+        below = {name: p for name, p in self.named_parameters() if name.startswith(tuple(lower))}
+        above = {name: p for name, p in self.named_parameters() if name not in below}
         return below, above
 
     def check_block(self, l):
         if not 0 <= l <= self.config.blocks:
             raise ValueError(f"there is no block {l}: the model has {self.config.blocks}")
 
+    # What these two call (read_config, read_weights, hf_name ..) is at the end of this file.
     @classmethod
     def from_pretrained(cls, folder, context=None):
-        """The model of a Hugging Face folder (Llama or Qwen2; config.json, *.safetensors), in fp32.
-
-        `context` (default 2048) caps the length that config.json allows, often far more than
-        memory does. ValueError, one line with file and remedy, for whatever is wrong with it.
-        How the files are read and written stands at the end of this file."""
+        """The model of a Hugging Face folder (Llama or Qwen2; config.json, *.safetensors), in fp32,
+        with a context of at most `context` (None: CONTEXT_CAP). ValueError for whatever is wrong
+        with the folder: one line with file and remedy."""
         source = Path(folder) / "config.json"
         model = cls(read_config(source, context))
         stored = read_weights(Path(folder))
-        wanted = {hf_name(name): p for name, p in model.named_parameters()}
+        wanted = {hf_name(name): p.data for name, p in model.named_parameters()}
         if model.config.tied:
             stored.pop("lm_head.weight", None)                 # a copy of the embeddings
-        for name in sorted({*wanted, *stored}):
-            asked = list(wanted[name].shape) if name in wanted else "absent"
-            found = list(stored[name].shape) if name in stored else "absent"
-            problem = f"tensor {name} should be {asked}, in the weights it is {found}"
-            need(asked == found, source, problem, "use the config and weights of one checkpoint")
-            wanted[name].data.copy_(stored[name])
+        asked = {name: list(tensor.shape) for name, tensor in wanted.items()}
+        found = {name: list(tensor.shape) for name, tensor in stored.items()}
+        for name in sorted(asked | found):
+            here = asked.get(name, "absent")
+            there = found.get(name, "absent")
+            problem = f"tensor {name} should be {here}, in the weights it is {there}"
+            need(here == there, source, problem, "use the config and weights of one checkpoint")
+            wanted[name].copy_(stored[name])
         return model
 
     def save_pretrained(self, folder):
         """Write model.safetensors (fp32), then config.json: for here, and for transformers."""
         c = self.config
-        model_type = "qwen2" if c.qkv_bias else "llama"
-        architecture = "Qwen2ForCausalLM" if c.qkv_bias else "LlamaForCausalLM"
-        hf = {"architectures": [architecture], "model_type": model_type, "hidden_act": "silu",
-              "torch_dtype": "float32", "rms_norm_eps": c.norm_eps, "tie_word_embeddings": c.tied,
-              "rope_theta": c.rope_theta}
+        family = "Qwen2" if c.qkv_bias else "Llama"
+        hf = {"architectures": [family + "ForCausalLM"], "model_type": family.lower(),
+              "hidden_act": "silu", "torch_dtype": "float32", "rms_norm_eps": c.norm_eps,
+              "tie_word_embeddings": c.tied, "rope_theta": c.rope_theta}
         hf |= {theirs: getattr(c, ours) for ours, theirs in SIZES.items()}
         if c.rope_scaling:
             hf["rope_scaling"] = {"rope_type": "llama3"} | dict(zip(LLAMA3, c.rope_scaling))
@@ -224,17 +225,11 @@ class GPT(nn.Module):
         text = json.dumps(hf, indent=2)
         write(Path(folder) / "config.json", lambda file: file.write(text.encode()))
 
-# Packed and Cache, the two kinds of `cache`, are used alike. A pass through the blocks first calls
-# advance(T), which settles what the T new tokens see and returns their positions. Each block's
-# attention then calls extend(..) for the keys and values to look at, and a mask of who sees which.
-
 class Packed:
     """Several texts in a row, so that short ones leave no padding.
-
-    `texts` (B, T) says whose token each is. A token sees its own text, up to itself. Where in its
-    row a text begins does not matter: rotary attention knows distances only.
-    texts a a b   ->   token 0 sees 0; token 1 sees 0, 1; token 2 sees 2
-    """
+    `texts` (B, T) has the number of each token's text. A token sees its own text, up to itself.
+    Where in its row a text begins does not matter: rotary attention knows distances only.
+    texts a a b   ->   token 0 sees 0; token 1 sees 0, 1; token 2 sees 2"""
 
     def __init__(self, texts):
         same = texts[:, :, None] == texts[:, None, :]          # (B, T, T)
@@ -248,24 +243,22 @@ class Packed:
 
 class Cache:
     """Keys and values of a batch of prompts: a new token then costs one position, not the sequence.
-
-    Prompts of different lengths are padded on the RIGHT: attention looks back, so no token sees the
-    padding. Row b writes its next token at its own slot lengths[b] + t, over the padding, and sees
-    the slots up to it.
+    Shorter prompts are filled up on the RIGHT: attention looks back, so no token sees the padding.
+    Row b writes its next token at slot lengths[b], over the padding, and sees the slots up to it.
     Lengths 2 and 3, room for 5:   p p . _ _  ->  p p n n _    two new tokens each, in slots 2, 3
                                    p p p _ _  ->  p p p n n                         and in 3, 4
-    `rewind` goes back to the end of the prompts: another continuation. For use under no_grad.
-    """
+    For use under no_grad. ValueError for tokens beyond the room."""
 
-    def __init__(self, lengths, room, device=None):
+    def __init__(self, lengths, room, device):
         self.room = room                                       # slots in each row
         self.longest = max(lengths)
         self.lengths = torch.tensor(lengths, device=device)    # (B,)
-        self.next = torch.zeros_like(self.lengths)             # (B,) the next slot of each row
-        self.end = 0                                           # the largest of them, as an int
+        self.next = torch.zeros_like(self.lengths)    # (B,) next slot: 0, prompts are written first
+        self.end = 0               # no row is longer; an int: to ask `next` is to wait for the GPU
         self.store = {}            # attention -> keys, values: each (B, room, kv_heads, head_width)
 
     def rewind(self):
+        """Go to the ends of the prompts: once these are read, and before each new continuation."""
         self.next = self.lengths
         self.end = self.longest
 
@@ -285,9 +278,8 @@ class Cache:
         self.slots = self.next[:, None] + torch.arange(T, device=device)
         self.next = self.next + T                              # not +=, it may be self.lengths
         self.end += T
-        if self.end == T:                                      # nothing earlier: faster kernels
-            self.visible = None
-        else:                                                  # (B, 1, T, end): up to its own slot
+        self.visible = None                                    # nothing earlier: faster kernels
+        if self.end > T:                                       # (B, 1, T, end): up to its own slot
             self.visible = torch.arange(self.end, device=device) <= self.slots[:, None, :, None]
         return self.slots
 
@@ -305,18 +297,16 @@ class Cache:
         v = values[:, :self.end].transpose(1, 2)
         return k, v, self.visible
 
-def right_padded(prompts, device, pad=0):
-    """Prompts (lists of ids) filled up on the right, (n, T), and each one's last index, (n,)."""
-    longest = max(len(prompt) for prompt in prompts)
-    rows = [prompt + [pad] * (longest - len(prompt)) for prompt in prompts]
-    last = [len(prompt) - 1 for prompt in prompts]
-    return torch.tensor(rows, device=device), torch.tensor(last, device=device)
+def right_padded(prompts, device):
+    """Prompts (lists of ids), padded on the right with 0s, (n, T); the last index of each, (n,)."""
+    tokens = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in prompts], batch_first=True)
+    last = torch.tensor([len(prompt) - 1 for prompt in prompts])
+    return tokens.to(device), last.to(device)
 
-def last_states(model, prompts, l, cache=None, pad=0):
+def last_states(model, prompts, l, cache=None):
     """h_x of the paper, (n, width): the stream after block l at the last token of each prompt.
-    Nothing need mask the padding: it is on the right, and attention looks back. An empty `cache`
-    is filled on the way."""
-    tokens, last = right_padded(prompts, model.cos.device, pad)
+    Padding needs no mask: it is on the right, and attention looks back. Fills an empty `cache`."""
+    tokens, last = right_padded(prompts, model.cos.device)
     stream = model(tokens, upto=l, cache=cache)                # (n, T, width)
     return stream[torch.arange(len(prompts), device=stream.device), last]
 
@@ -330,30 +320,30 @@ def token_losses(model, tokens, targets, texts):
     return F.cross_entropy(logits.float(), targets[due], reduction="none")
 
 @torch.no_grad()
-def prefill(model, prompts, room, pad=0):
-    """Read prompts once: the state (n, width) at the last token of each, of which
-    model.tail(hidden, since=blocks) makes the next logits, and a Cache with room for `room` more.
-    ValueError for a prompt that is empty, or too long to leave that room in the context."""
-    most = model.config.context - room
-    for i, prompt in enumerate(prompts):
-        if not 0 < len(prompt) <= most:
-            raise ValueError(f"prompt {i} has {len(prompt)} tokens: it needs 1 to {most}, for "
-                             f"{room} more to fit the context of {most + room}; shorten it or ask "
-                             "for fewer new tokens")
+def prefill(model, prompts, extra):
+    """Read prompts, to continue them: the state (n, width) at the last token of each, from which
+    model.tail(hidden, since=blocks) gets the next logits, and a Cache with room for `extra` tokens
+    more. ValueError for a prompt that is empty, or that with these exceeds the context."""
     lengths = [len(prompt) for prompt in prompts]
-    cache = Cache(lengths, max(lengths) + room, model.cos.device)
-    hidden = last_states(model, prompts, model.config.blocks, cache, pad)
+    context = model.config.context
+    for i, length in enumerate(lengths):
+        if not 0 < length <= context - extra:
+            raise ValueError(f"prompt {i} has {length} tokens: it needs at least one, and with "
+                             f"{extra} more must fit the context of {context}; shorten it or ask "
+                             "for fewer new tokens")
+    cache = Cache(lengths, max(lengths) + extra, model.cos.device)
+    hidden = last_states(model, prompts, model.config.blocks, cache)
     cache.rewind()                                             # new tokens go over the padding
     return hidden, cache
 
 @torch.no_grad()
-def generate(model, prompts, max_new, stop, pad=0):
+def generate(model, prompts, max_new, stop):
     """Greedy continuations of prompts: lists of at most `max_new` ids, without the `stop` token.
     The head is computed at one position a row: vocabularies can be large."""
     blocks = model.config.blocks
-    hidden, cache = prefill(model, prompts, max_new, pad)      # (rows, width)
+    hidden, cache = prefill(model, prompts, max_new)           # (rows, width)
     answers = [[] for _ in prompts]
-    going = answers                                            # the answer of each row
+    going = list(range(len(prompts)))                          # the prompt of each row
     for step in range(max_new):
         token = model.tail(hidden, since=blocks).argmax(-1)    # (rows,)
         rows = (token != stop).nonzero()[:, 0]
@@ -363,15 +353,15 @@ def generate(model, prompts, max_new, stop, pad=0):
             going = [going[row] for row in rows.tolist()]
         if not going:
             break
-        for answer, new in zip(going, token.tolist()):
-            answer.append(new)
+        for i, new in zip(going, token.tolist()):
+            answers[i].append(new)
         if step < max_new - 1:                                 # the last one is not read again
             hidden = model(token[:, None], upto=blocks, cache=cache)[:, 0]
     return answers
 
 @torch.no_grad()
 def generate_plain(model, prompts, max_new, stop):
-    """What `generate` means, and what tests hold it against: one prompt at a time, no cache."""
+    """The definition of `generate`: one prompt at a time and no cache. Tests compare the two."""
     answers = [[] for _ in prompts]
     for prompt, answer in zip(prompts, answers):
         for _ in range(max_new):
@@ -391,6 +381,7 @@ SUPPORTED = {"model_type": ("llama", "qwen2"), "hidden_act": ("silu", None),
              "attention_bias": (False, None), "mlp_bias": (False, None),
              "use_sliding_window": (False, None), "rope_type": ("default", "llama3", None)}
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+CONTEXT_CAP = 2048             # config.json often allows far more than fits in memory
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 def hf_name(name):
@@ -402,13 +393,14 @@ def need(ok, file, problem, remedy="the copy is damaged or incomplete, make it a
         raise ValueError(f"{file}: {problem}; {remedy}")
 
 def read_config(path, context=None):
-    """The GPTConfig of a config.json, its context at most `context` (default 2048)."""
+    """The GPTConfig of a config.json, its context at most `context` (None: CONTEXT_CAP)."""
     remedy = "give a local folder with config.json and *.safetensors"
     need(path.is_file(), path, "no such file", remedy)
-    hf = read_json(path)
-    need(isinstance(hf, dict), path, "not a JSON object")
-    for group in ("rope_scaling", "rope_parameters"):          # older, newer files nest these:
-        hf |= hf.get(group) or {}                              # here they stand beside the rest
+    stored = read_json(path)
+    need(isinstance(stored, dict), path, "not a JSON object")
+    older = stored.get("rope_scaling") or {}
+    newer = stored.get("rope_parameters") or {}
+    hf = stored | older | newer                                # what is nested there joins the rest
     hf["rope_type"] = hf.get("rope_type") or hf.get("type")
     for key, allowed in SUPPORTED.items():
         only = " or ".join(repr(value) for value in allowed if value is not None)
@@ -421,10 +413,10 @@ def read_config(path, context=None):
         need(ok, path, f"{key} is {value!r}, not a number above 0")
         return value
 
-    hf["num_key_value_heads"] = number("num_key_value_heads", number("num_attention_heads"))
-    hf["head_dim"] = number("head_dim", number("hidden_size") // number("num_attention_heads"))
-    sizes = {ours: int(number(theirs)) for ours, theirs in SIZES.items()}
-    sizes["context"] = min(sizes["context"], context or 2048)
+    heads = number("num_attention_heads")
+    defaults = {"num_key_value_heads": heads, "head_dim": number("hidden_size") // heads}
+    sizes = {ours: int(number(theirs, defaults.get(theirs))) for ours, theirs in SIZES.items()}
+    sizes["context"] = min(sizes["context"], context or CONTEXT_CAP)
     scaling = tuple(number(key) for key in LLAMA3) if hf["rope_type"] == "llama3" else ()
     return GPTConfig(**sizes, norm_eps=number("rms_norm_eps", 1e-6), rope_scaling=scaling,
                      rope_theta=number("rope_theta", 1e4), qkv_bias=hf["model_type"] == "qwen2",
@@ -434,12 +426,15 @@ def read_weights(folder):
     """{name: tensor} of model.safetensors, or else of the files in an index, or of all."""
     whole = folder / "model.safetensors"
     index = folder / "model.safetensors.index.json"
-    files = [whole] if whole.exists() else sorted(folder.glob("*.safetensors"))
-    if index.exists() and not whole.exists():
+    if whole.exists():
+        files = [whole]
+    elif index.exists():
         listed = read_json(index)
         ok = isinstance(listed, dict) and isinstance(listed.get("weight_map"), dict)
         need(ok, index, "no weight_map in it")
         files = sorted({folder / str(name) for name in listed["weight_map"].values()})
+    else:
+        files = sorted(folder.glob("*.safetensors"))
     need(files, folder, "no *.safetensors in it", "convert the weights to that format")
     tensors = {}
     for file in files:
@@ -462,16 +457,15 @@ def read_safetensors(path):
         for name, entry in header.items():
             dtype = entry["dtype"]
             shape = entry["shape"]
-            first = entry["data_offsets"][0]
-            end = entry["data_offsets"][1]
+            first = entry["data_offsets"][0]       # unpacking could raise ValueError, and that is
+            end = entry["data_offsets"][1]         # not caught below: the ones of need must pass
             problem = f"tensor {name} is {dtype}, only {', '.join(DTYPES)} are supported"
             need(dtype in DTYPES, path, problem, "choose a checkpoint without quantisation")
             inside = 0 <= first <= end <= len(body) and min(shape, default=0) >= 0
             size = math.prod(shape) * DTYPES[dtype].itemsize
             where = f"cannot lie in bytes {first} to {end} of {len(body)}"
             need(inside and end - first == size, path, f"tensor {name} {dtype} {shape} {where}")
-            data = torch.from_numpy(body[first:end])
-            tensors[name] = data.view(DTYPES[dtype]).view(shape)
+            tensors[name] = torch.from_numpy(body[first:end]).view(DTYPES[dtype]).view(shape)
     except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError, AttributeError) as e:
         need(False, path, f"the header is not one of safetensors ({type(e).__name__})")
     return tensors
@@ -481,10 +475,9 @@ def write_safetensors(path, tensors):
     arrays = {name: x.detach().float().cpu().contiguous().numpy() for name, x in tensors.items()}
     header = {"__metadata__": {"format": "pt"}}                # transformers insists on it
     end = 0
-    for name, array in arrays.items():
-        first = end
-        end += array.nbytes
-        header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": [first, end]}
+    for name, x in arrays.items():
+        header[name] = {"dtype": "F32", "shape": x.shape, "data_offsets": [end, end + x.nbytes]}
+        end += x.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)                            # tensors start at a multiple of 8
     length = len(text).to_bytes(8, "little")

@@ -1,9 +1,9 @@
 """The whole story in one command: `python train.py`.
 
-For every seed, numbered as in the README: 1. make the world (or read --data), 2. train its
-tokenizer (or read --init's), 3. pretrain the base (or load it), 4. tune it for safety (STL), 5. the
-same with refinement's prompts mixed in (STL-aug), 6. refine the base and tune that (DCR), 7. the
-same with shuffled labels (the control), 8. evaluate all, print tables, draw figures.
+For every seed: 1. make the world (or read --data), 2. train its tokenizer (or read --init's),
+3. pretrain the base (or load it), 4. tune it for safety, which over-refuses (STL, "safety-tuned
+LLaMA"), 5. the same with refinement's prompts mixed in (STL-aug), 6. refine the base and tune that
+(DCR), 7. the same with shuffled labels (the control), 8. evaluate all, print tables, draw figures.
 
 Every comparison is paired: the same base, the same number of steps, and in every step of tuning
 the same rows (STL-aug reads more rows beside them). Each finished model is a checkpoint folder,
@@ -11,19 +11,20 @@ each unfinished one a state on disk, so the same command goes on where it was st
 
 "The paper" is "Discern Truth from Falsehood", arXiv 2603.03323. Its stage 1, `refine`, minimises
 `dcr.refinement_loss`, the Circle loss on the states after block l, with every later parameter
-frozen. Its stage 2, `tune`, is ordinary safety tuning: it minimises the SFT objective
--E sum_t log pi(y_t | x, y_<t) on general exchanges and refusals. Read `eval.py` next.
+frozen. Its stage 2, `tune`, is ordinary safety tuning: it minimises -log pi(y_t | x, y_<t), the SFT
+objective, here a mean over tokens, on general exchanges and refusals. Read `eval.py` next: how
+responses are generated, and what is measured of them.
 """
 import argparse
 import copy
 import dataclasses
 import hashlib
+import itertools
 import json
 import platform
 import random
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -51,19 +52,19 @@ class Settings:
     data: str = knob("", "folder of benchmark files, to use in place of the miniature world")
     seed: int = knob(0, "first seed: facts, splits, initial weights and batches all follow from it")
     seeds: int = knob(1, "how many seeds to run; five or more before believing a difference")
-    device: str = knob("auto", "auto, cpu, cuda or mps; auto: the first there is of cuda, mps, cpu")
+    device: str = knob("auto", "auto, cpu, cuda or mps; auto takes cuda before mps before cpu")
     dtype: str = knob("auto", "float32 or bfloat16 for matrix products; auto: bfloat16 on cuda")
     scale: float = knob(1.0, "multiplies the steps of all stages; 0.02 takes seconds")
 
     width: int = knob(64, "of the small GPT: 48 is too little to hold the world's facts")
     blocks: int = knob(4, "of the small GPT")
     vocab: int = knob(1536, "tokens of the small GPT: most words of the world are then one token")
-    pretrain_steps: int = knob(1500, "a base that knows the facts; if much longer, STL errs little")
+    pretrain_steps: int = knob(1500, "enough to know the facts; with many more STL errs less")
     pretrain_batch: int = knob(64, "texts a step")
     pretrain_lr: float = knob(4e-3, "high, as small models like it; warmed up, then decayed")
 
     layer: int = knob(3, "l: refinement shapes the states after this block and freezes all above")
-    refine_steps: int = knob(300, "the loss is near its floor after 50; in the rest damage heals")
+    refine_steps: int = knob(300, "the loss is near its floor after 50; the rest heals the texts")
     refine_batch: int = knob(32, "prompts a step, half of each class, and as many general texts")
     refine_lr: float = knob(1e-3, "3e-4 separates the classes too little to survive the tuning")
     margin: float = knob(0.25, "m of the Circle loss, its authors' value")
@@ -83,7 +84,8 @@ class Settings:
     suite: int = knob(80, "prompts a half of a suite, at most")
     split: str = knob("held-out", "suites to evaluate on; choose settings on 'development' instead")
 
-# The defaults with --init: tried out on SmolLM2-135M, which has 30 blocks.
+# The defaults with --init, tried out on SmolLM2-135M (30 blocks). A model that has read a lot needs
+# fewer and smaller steps of refinement, and more refusals in its few steps of tuning.
 REAL = dict(layer=15, refine_steps=40, refine_batch=24, refine_lr=1e-4, gamma=16.0, centre=True,
             keep=0.0, still=1.0, tune_steps=40, tune_batch=16, tune_lr=2e-3, refusals=0.2, lora=16)
 
@@ -108,25 +110,25 @@ def add_lora(model, rank, seed):
     """Freeze the model, put a LoRA on each linear map of its blocks; returns what to train."""
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for parent in list(model.layers.modules()):          # a list: the tree changes while we walk it
-        for name, child in parent.named_children():
+    for parent in list(model.layers.modules()):          # lists: the tree changes while we walk it
+        for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
-                lora = LoRA(child, rank, generator).to(child.weight.device)
-                setattr(parent, name, lora)
+                setattr(parent, name, LoRA(child, rank, generator).to(child.weight.device))
     return [p for p in model.parameters() if p.requires_grad]
 
 @torch.no_grad()
 def merge_lora(model):
-    """W <- W + B A, and nothing of LoRA is left."""
+    """W <- W + B A, and nothing of LoRA is left; all parameters may be trained again."""
     for parent in list(model.layers.modules()):
-        for name, child in parent.named_children():
+        for name, child in list(parent.named_children()):
             if isinstance(child, LoRA):
                 child.linear.weight += child.B @ child.A
                 setattr(parent, name, child.linear)
     model.requires_grad_(True)
 
 def moments(steps):
-    """The steps at which a curve has points: every 2 % up to a fifth, then every 10 %; 19."""
+    """The steps at which a curve has points: every 2 % up to a fifth, then every 10 %, 19 in all.
+    The last, `steps`, is after training. (Runs of less than 50 steps have fewer points.)"""
     early = [steps * i // 50 for i in range(10)]
     late = [steps * i // 10 for i in range(2, 11)]
     return early + late
@@ -140,6 +142,7 @@ def train(label, model, parameters, loss, steps, lr, state_file, watch=None):
     The state goes to disk every 10 seconds or more and is loaded if it is there: as batches depend
     on the step alone, an interrupted run ends with the numbers of an uninterrupted one.
     """
+    # no decay: weights that a stage does not need should stay the base's
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
     log = {"seconds": 0.0, "read": 0, "computed": 0, "curve": []}
     first = 0
@@ -152,8 +155,8 @@ def train(label, model, parameters, loss, steps, lr, state_file, watch=None):
 
     seconds_before = log["seconds"]                      # of earlier runs of the same command
     begin = time.time()
-    saved = begin
-    pause = 10
+    saved = begin                                        # when the state was last written
+    pause = 10                                           # at least so long until the next time
     bar = tqdm(total=steps, initial=first, desc=label, leave=False)
     for step in range(first, steps):
         if watch and step in moments(steps):
@@ -172,8 +175,8 @@ def train(label, model, parameters, loss, steps, lr, state_file, watch=None):
         log["computed"] += computed
 
         state_due = time.time() - saved > pause
-        look_due = step % 10 == 9 or step == steps - 1
-        if state_due or look_due:
+        tenth_or_last = step % 10 == 9 or step == steps - 1
+        if state_due or tenth_or_last:
             if not torch.isfinite(value):       # not at every step: a GPU would have to wait
                 raise RuntimeError(
                     f"{label}: the loss is {value.item()} at step {step + 1}; lower its learning "
@@ -184,10 +187,10 @@ def train(label, model, parameters, loss, steps, lr, state_file, watch=None):
         if state_due:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "log": log,
                      "step": step + 1}
-            asked = time.time()
+            write_begin = time.time()
             write(state_file, lambda file: torch.save(state, file))
             saved = time.time()
-            pause = max(10, 20 * (saved - asked))        # what takes long is done less often
+            pause = max(10, 20 * (saved - write_begin))  # what takes long is done less often
     bar.close()
     if watch:
         log["curve"].append({"step": steps, **watch()})
@@ -213,7 +216,7 @@ class Run:
         return random.Random(f"{purpose} {self.seed} {step}")
 
     def steps(self, n):
-        return max(2, round(n * self.s.scale))
+        return max(2, round(n * self.s.scale))           # 2, so that a curve has two ends
 
     def exchanges(self, examples, context):
         """Examples or plain texts as a list of (ids, index of the first token to learn)."""
@@ -222,11 +225,10 @@ class Run:
     def check_lengths(self, context):
         """ValueError, naming file and row, for a prompt that leaves no room for a response."""
         p = self.parts
-        examples = p.general + p.general_heldout + p.safe + p.seemingly + p.toxic
-        for suite in p.suites.values():
-            for half in suite.values():
-                examples = examples + half
-        for e in examples:
+        lists = [p.general, p.general_heldout, p.safe, p.seemingly, p.toxic]
+        for halves in p.suites.values():
+            lists += halves.values()
+        for e in itertools.chain(*lists):
             length = len(self.chat.prompt(e.prompt))
             if length + self.s.max_new > context:
                 where = e.source or repr(e.prompt)
@@ -241,9 +243,9 @@ def pretrain(run):
                        kv_heads=2, head_width=s.width // 4, hidden=3 * s.width)
     model = GPT(config).to(run.device)
     exchanges = run.exchanges(run.parts.pretraining, config.context)
-    texts = [(ids, 1) for ids, _ in exchanges]           # 1: prompts are learnt, not answers alone
+    sequences = [(ids, 1) for ids, _ in exchanges]       # 1: prompts are learnt, not answers alone
     steps = run.steps(s.pretrain_steps)
-    batches = pretraining_batches(run, texts, steps)
+    batches = pretraining_batches(run, sequences, steps)
 
     def loss(step):
         return sft_loss(model, batches[step], run)
@@ -252,17 +254,18 @@ def pretrain(run):
                 run.folder / "base.state")
     return model, log
 
-def pretraining_batches(run, texts, steps):
-    """At least `steps` batches of texts, each epoch in another order. Neighbours in length share a
-    batch, to save padding: chunks of 32 batches are sorted, cut, and their batches shuffled."""
+def pretraining_batches(run, sequences, steps):
+    """Batches for `steps` steps or more, each epoch in another order. Neighbours in length share a
+    batch, to save padding: chunks of 32 batches are sorted and cut, and their batches shuffled."""
     size = run.s.pretrain_batch
+    epochs = 1 + steps * size // len(sequences)
     batches = []
-    for epoch in range(1 + steps * size // len(texts)):
-        order = run.rng("pretraining", epoch).sample(texts, len(texts))
+    for epoch in range(epochs):
+        order = run.rng("pretraining", epoch).sample(sequences, len(sequences))
         for start in range(0, len(order), 32 * size):
-            chunk = sorted(order[start:start + 32 * size], key=lambda text: len(text[0]))
+            chunk = sorted(order[start:start + 32 * size], key=lambda sequence: len(sequence[0]))
             of_chunk = [chunk[i:i + size] for i in range(0, len(chunk), size)]
-            run.rng("bucket", len(batches)).shuffle(of_chunk)
+            run.rng("bucket", len(batches)).shuffle(of_chunk)            # its own, as for any step
             batches += of_chunk
     return batches
 
@@ -282,11 +285,12 @@ def refine(name, base, run, shuffled):
     """
     s = run.s
     model = copy.deepcopy(base)
-    below, above = model.split(s.layer)
-    for parameter in above.values():
-        parameter.requires_grad_(False)
-    # embeddings stay as they are: a word that moved would move in every context
+    model.requires_grad_(False)
+    below, _ = model.split(s.layer)
+    # not the embeddings: a word that moved would move in every context
     trained = [p for name, p in below.items() if not name.startswith("embed")]
+    for p in trained:
+        p.requires_grad_(True)
 
     seemingly = run.parts.seemingly
     toxic = run.parts.toxic
@@ -299,7 +303,7 @@ def refine(name, base, run, shuffled):
     toxic = [run.chat.prompt(e.prompt) for e in toxic]
     general = run.exchanges(run.parts.general, base.config.context)
     half = s.refine_batch // 2
-    labels = torch.tensor([0] * half + [1] * half, device=run.device)
+    labels = torch.tensor([0] * half + [1] * half, device=run.device)    # 0 harmless, 1 toxic
     with torch.no_grad():
         mean = last_states(base, seemingly + toxic, s.layer).mean(0)     # (width,)
 
@@ -310,9 +314,10 @@ def refine(name, base, run, shuffled):
         tokens, _, texts = collate(sequences, run.device, base.config.context)   # (B, T) each
         with run.autocast():
             value = refinement_loss(model, base, prompts, labels, tokens, texts, mean, s)
-        of_prompts = sum(len(ids) for ids in prompts)
-        read = of_prompts + sum(len(ids) - 1 for ids, _ in sequences)
-        return value, read, of_prompts + tokens.numel()
+        lengths = [len(ids) for ids in prompts]
+        read = sum(lengths) + sum(len(ids) - 1 for ids, _ in sequences)
+        computed = len(lengths) * max(lengths) + tokens.numel()          # prompts are padded
+        return value, read, computed
 
     log = train(name, model, trained, loss, run.steps(s.refine_steps), s.refine_lr,
                 run.folder / f"{name}.state")
@@ -330,9 +335,9 @@ def tune(name, base, run, extra=()):
     safe = run.exchanges(run.parts.safe, context)
     added = [run.exchanges(examples, context) for examples in extra]
     steps = run.steps(s.tune_steps)
-    # Equal compute: as many rows as refinement reads, which are prompts and as many general texts.
-    read_by_refinement = 2 * s.refine_batch * run.steps(s.refine_steps)
-    rows_of_each = round(read_by_refinement / steps / max(1, len(added)))
+    # Equal compute: as many rows are added as refinement has, prompts and as many general texts.
+    rows_of_refinement = 2 * s.refine_batch * run.steps(s.refine_steps)
+    rows_of_each = round(rows_of_refinement / steps / max(1, len(added)))
 
     def loss(step):
         rng = run.rng("tuning", step)
@@ -340,7 +345,7 @@ def tune(name, base, run, extra=()):
         for _ in range(s.tune_batch):
             source = safe if rng.random() < s.refusals else general
             batch.append(rng.choice(source))
-        rng = run.rng("extra", step)
+        rng = run.rng("extra", step)                     # another: the rows above stay the same
         for source in added:
             batch += [rng.choice(source) for _ in range(rows_of_each)]
         return sft_loss(model, batch, run)
@@ -386,11 +391,10 @@ def measure(name, model, log, run, results):
         first = run.seed == run.s.seed         # examples and maps of one seed are enough
         points = evaluation.state_map(model, run.chat, run.parts, run.s.layer) if first else None
     costs = {"seconds": log["seconds"], "evaluation_seconds": time.time() - begin}
-    if log.get("read"):                        # a base that was loaded has none
+    if log["read"]:                            # a base that was loaded has none
         costs["tokens_per_second"] = log["read"] / log["seconds"]
         costs["padding"] = 1 - log["read"] / log["computed"]
-    for metric, value in costs.items():
-        rows.append({"suite": "stage", "kind": "general", "metric": metric, "value": value, "n": 1})
+    rows += evaluation.as_rows("stage", "general", 1, **costs)
 
     whose = {"method": name, "seed": run.seed}
     results["rows"] += [whose | row for row in rows]
@@ -406,7 +410,7 @@ def run_seed(run, results):
     with rows in results.json is not measured again. (Delete that file to measure all anew.)"""
     def stage(name, make):
         model, log = finished(run, name, make)
-        run.check_lengths(model.config.context)
+        run.check_lengths(model.config.context)          # before the base is asked the first prompt
         measured = [(row["method"], row["seed"]) for row in results["rows"]]
         if (name, run.seed) not in measured:
             measure(name, model, log, run, results)
@@ -416,7 +420,8 @@ def run_seed(run, results):
     def load_or_pretrain():
         if not run.s.init:
             return pretrain(run)
-        return GPT.from_pretrained(run.s.init).to(run.device), {"seconds": 0.0, "curve": []}
+        model = GPT.from_pretrained(run.s.init).to(run.device)
+        return model, {"seconds": 0.0, "read": 0, "computed": 0, "curve": []}
 
     base = stage("base", load_or_pretrain)
     stage("STL", lambda: tune("STL", base, run))
@@ -440,7 +445,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(Settings):
-        default = f"{field.default}"
+        default = str(field.default)
         if field.name in REAL:
             default += f"; with --init {REAL[field.name]}"
         reason = field.metadata["reason"].replace("%", "%%")             # argparse formats its help
@@ -456,7 +461,7 @@ def pick_device(s):
     there = {"cuda": torch.cuda.is_available(), "mps": torch.mps.is_available(), "cpu": True}
     available = [device for device in there if there[device]]
     device = available[0] if s.device == "auto" else s.device
-    why = "the first there is of cuda, mps, cpu" if s.device == "auto" else "asked for"
+    why = "the first available" if s.device == "auto" else "as asked"
     if device not in available:
         raise ValueError(f"--device {device}: not available here; choose from auto, "
                          f"{', '.join(available)}")
@@ -468,7 +473,7 @@ def pick_device(s):
     return device, dtype
 
 def environment(device):
-    """What numbers depend on beside the settings."""
+    """What numbers depend on besides the settings."""
     source = hashlib.sha256()
     for name in ("data", "model", "dcr", "train", "eval"):
         source.update(Path(__file__).with_name(f"{name}.py").read_bytes())
@@ -501,7 +506,7 @@ def open_results(s, device):
 def run_all(s):
     """Every stage of every seed, with results.json and the checkpoints in --out."""
     device, dtype = pick_device(s)
-    blocks = read_config(Path(s.init) / "config.json", 1).blocks if s.init else s.blocks
+    blocks = read_config(Path(s.init) / "config.json").blocks if s.init else s.blocks
     if not 1 <= s.layer <= blocks:
         raise ValueError(f"--layer {s.layer}: the model has blocks 1 to {blocks}")
     out = Path(s.out)
@@ -509,9 +514,7 @@ def run_all(s):
     write_json(out / "results.json", results)
 
     def autocast():
-        if dtype == "bfloat16":
-            return torch.autocast(device, torch.bfloat16)
-        return nullcontext()
+        return torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
 
     for seed in range(s.seed, s.seed + s.seeds):
         begin = time.time()
@@ -520,11 +523,11 @@ def run_all(s):
         else:
             parts = World(seed).parts(s.suite)
         if not parts.pretraining and not s.init:
-            raise ValueError("--data needs --init CHECKPOINT: the small GPT knows no world but its own")
+            raise ValueError("--data needs --init CHECKPOINT: the small GPT knows its world alone")
         if s.split == "development":
             parts = dataclasses.replace(parts, suites=parts.dev)
         chat = load_tokenizer(s.init) if s.init else world_chat(parts, s.vocab)
-        print(f"\nseed {seed}: the world ({time.time() - begin:.1f} s)")
+        print(f"\nseed {seed}: prompts and tokenizer ({time.time() - begin:.1f} s)")
         evaluation.show_parts(parts)
         run_seed(Run(s, seed, device, out / f"seed-{seed}", parts, chat, autocast), results)
 

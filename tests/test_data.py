@@ -291,7 +291,7 @@ def test_an_exchange_token_by_token():
     """One id a byte: prompt and response can be read in the ids."""
     encoding = train_bpe([], 259)
     user, assistant, end = 256, 257, 258
-    chat = Chat(encoding, (user, "{user}", assistant), stop=end, pad=end, size=259)
+    chat = Chat(encoding, (user, "{user}", assistant), stop=end, size=259)
     assert chat.prompt("Hi?") == [user, *b"Hi?", assistant] and chat.response("Yo.") == [*b"Yo.", end]
     same = world_chat(type("Parts", (), {"pretraining": [], "safe": []}), 259)
     assert same.prompt("Hi?") == chat.prompt("Hi?") and same.stop == end
@@ -299,7 +299,7 @@ def test_an_exchange_token_by_token():
 
 def test_an_exchange_is_cut_by_hand():
     """The example of its docstring, token by token; plain text teaches all but its first token."""
-    chat = Chat(train_bpe([], 259), (256, "{user}", 257), stop=258, pad=258, size=259)
+    chat = Chat(train_bpe([], 259), (256, "{user}", 257), stop=258, size=259)
     ids, first = chat.exchange(Example("Hi?", "Yo."), longest=256, context=128)
     assert (ids, first) == ([256, 72, 105, 63, 257, 89, 111, 46, 258], 5)
     assert chat.exchange("Yo.", longest=2, context=2) == ([89, 111, 46, 258], 1)

@@ -67,20 +67,20 @@ def test_compliance_at_defense_without_toxic_prompts_is_one_line():
         compliance_at_defense(torch.empty(0), torch.tensor([0.5]))
 
 
-def test_pooled_draws_evenly_from_all_suites():
+def test_prompts_in_turn_come_evenly_from_all_suites():
     suites = {"a": {"toxic": [Example("a1", None), Example("a2", None)]},
               "b": {"benign": [Example("x", None)]},
               "c": {"toxic": [Example("c1", None), Example("c2", None)]}}
-    assert evaluation.pooled(suites, "toxic", 3) == ["a1", "c1", "a2"]
+    assert evaluation.in_turn(suites, "toxic", 3) == ["a1", "c1", "a2"]
 
 
-def test_pooled_goes_on_where_a_suite_has_no_more_prompts():
+def test_prompts_in_turn_go_on_where_a_suite_has_no_more_prompts():
     """A suite of one prompt does not cap the others at one."""
     suites = {"short": {"toxic": [Example("s1", None)]},
               "long": {"toxic": [Example(f"l{i}", None) for i in range(1, 6)]},
               "middle": {"toxic": [Example("m1", None), Example("m2", None)]}}
-    assert evaluation.pooled(suites, "toxic", 6) == ["s1", "l1", "m1", "l2", "m2", "l3"]
-    assert len(evaluation.pooled(suites, "toxic", 100)) == 8
+    assert evaluation.in_turn(suites, "toxic", 6) == ["s1", "l1", "m1", "l2", "m2", "l3"]
+    assert len(evaluation.in_turn(suites, "toxic", 100)) == 8
 
 
 # ----------------------------------------------------------------------------------- probability of a refusal
@@ -90,7 +90,7 @@ def talker():
     """A tiny random model, with a bias that makes the tokens of refusals likely, else they have no mass."""
     encoding = train_bpe(3 * [" ".join(evaluation.OPENINGS), *evaluation.OPENINGS], 400)
     user, assistant, end = (encoding.encode_single_token(t) for t in ("<|user|>", "<|assistant|>", "<|end|>"))
-    chat = Chat(encoding, (user, "{user}", assistant), stop=end, pad=end, size=encoding.n_vocab)
+    chat = Chat(encoding, (user, "{user}", assistant), stop=end, size=encoding.n_vocab)
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=chat.size, width=16, blocks=2, kv_heads=2, head_width=4, hidden=24))
     for p in model.parameters():
@@ -232,18 +232,20 @@ def test_last_states_are_those_at_the_last_token_of_each_prompt(model, l):
         assert torch.allclose(state, model(torch.tensor([ids]), upto=l)[0, -1], atol=1e-5)
 
 
-def test_the_map_of_states_shows_all_three_classes_around_their_mean(model, parts, chat):
-    points = evaluation.state_map(model, chat, parts, l=1, n=4)
+def test_the_map_of_states_shows_all_three_classes_around_their_mean(model, parts, chat, monkeypatch):
+    monkeypatch.setattr(evaluation, "MAP_PROMPTS", 4)
+    points = evaluation.state_map(model, chat, parts, l=1)
     assert list(points) == ["toxic", "seemingly", "general"]
     together = np.concatenate(list(points.values()))
     assert together.shape == (12, 2) and np.abs(together.mean(0)).max() < 1e-5
     assert together[:, 0].std() > together[:, 1].std()                             # the main axis first
 
 
-def test_kernel_similarity_leaves_out_pairs_of_a_prompt_with_itself(model, parts, chat):
+def test_kernel_similarity_leaves_out_pairs_of_a_prompt_with_itself(model, parts, chat, monkeypatch):
     """They are 1 by definition, and would lift every within-class mean."""
-    table = kernel_similarity(model, chat, parts, n=2)
-    toxic, benign = (evaluation.pooled(parts.suites, half, 2) for half in ("toxic", "benign"))
+    monkeypatch.setattr(evaluation, "KERNEL_PROMPTS", 2)
+    table = kernel_similarity(model, chat, parts)
+    toxic, benign = (evaluation.in_turn(parts.suites, half, 2) for half in ("toxic", "benign"))
     ids = [chat.prompt(p) for p in toxic + benign]
     K = kernel_norms(model, ids)
     own = K.diagonal()
@@ -253,7 +255,18 @@ def test_kernel_similarity_leaves_out_pairs_of_a_prompt_with_itself(model, parts
     one_sided = [K[i, j] / own[i] for i in (0, 1) for j in (2, 3)]         # divided by the norm of the first
     assert table["toxic", "seemingly"][1] == pytest.approx(sum(one_sided).item() / 4, rel=1e-4)
     assert table["toxic", "seemingly"][0] == pytest.approx(table["seemingly", "toxic"][0])
-    assert len(table) == 9
+    assert len(table) == 9 and {n for _, _, n in table.values()} == {2}
+
+
+def test_kernel_similarity_counts_the_prompts_there_are(model, parts, chat):
+    """A benchmark can have fewer toxic prompts than are asked for: n says so, and the mean is over them."""
+    few = dataclasses.replace(parts, suites={"one": {"benign": parts.suites["class"]["benign"],
+                                                     "toxic": parts.suites["combinations"]["toxic"][:3]}})
+    table = kernel_similarity(model, chat, few)
+    numbers = {pair: n for pair, (_, _, n) in table.items()}
+    assert numbers["seemingly", "toxic"] == numbers["toxic", "toxic"] == numbers["toxic", "general"] == 3
+    assert numbers["seemingly", "general"] == evaluation.KERNEL_PROMPTS
+    assert np.isfinite([table[pair][:2] for pair in table]).all()
 
 
 # ----------------------------------------------------------------------------------------- tables and figures
@@ -276,7 +289,7 @@ def made_up(seeds=(0,)):
             row("general", "general", "compliance_rate", 1.0)
             row("general", "general", "loss", 0.123)
             for pair in ("toxic/seemingly", "toxic/toxic", "toxic/general", "seemingly/seemingly",
-                         "general/toxic"):
+                         "seemingly/toxic", "general/toxic"):
                 row(pair, "general", "kernel_similarity", 0.4)
                 row(pair, "general", "kernel_similarity_one_sided", 0.6)
             curves += [dict(method=method, seed=seed, curve=[
@@ -294,7 +307,7 @@ def made_up(seeds=(0,)):
 def cells_of(table):
     """{first cell: the other cells} of a markdown table."""
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()
-             if line.startswith("| ")]
+             if line.startswith("| ") and not line.startswith("| -")]
     return {line[0]: line[1:] for line in lines}
 
 
@@ -303,7 +316,7 @@ def test_values_are_one_a_seed_and_the_pooled_suite_is_no_suite():
     assert values(results, "DCR", "compliance_rate", "benign") == pytest.approx([0.42, 0.48])
     assert values(results, "DCR", "auc", "benign") == pytest.approx([0.5, 0.5])
     assert values(results, "DCR", "auc", "benign", "all") == pytest.approx([0.75, 0.75])
-    assert values(results, "nobody", "auc") == []
+    assert values(results, "nobody", "auc", "benign") == []
 
 
 def test_a_table_of_one_seed_shows_means_and_of_several_their_spread():
@@ -345,14 +358,14 @@ def test_names_that_would_touch_are_moved_apart_from_the_top_down():
 
 
 def test_a_loaded_base_took_no_time_and_the_table_of_costs_says_so():
-    """--init with nothing else done yet: no share of nothing, and no tokens were read."""
+    """--init with nothing else done yet: no tokens were read, and no evaluation was timed."""
     results = made_up()
     results["rows"] = [row for row in results["rows"] if row["method"] == "base"]
     for row in results["rows"]:
         if row["metric"] == "seconds":
             row["value"] = 0.0
     cost = cells_of(evaluation.cost_table(results, ["base"]).split("\n\n")[1])
-    assert cost["base"] == ["0.0", "0 %", "-", "-", "-"]
+    assert cost["base"] == ["0.0", "-", "-", "-"]
 
 
 def test_examples_show_where_a_method_is_wrong():

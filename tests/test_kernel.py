@@ -50,8 +50,8 @@ def test_products_of_activations_and_signals_are_those_of_gradients_written_out(
 
     def read(h):
         return torch.stack([h.sum(1), h.square().sum(1)], 1)                                # (n, 2)
-    r, groups = gradient_products(model, IDS, read, l)
-    r_plain, G = gradient_products_plain(model, IDS, read, l)
+    r, groups = gradient_products(model, IDS, l, read)
+    r_plain, G = gradient_products_plain(model, IDS, l, read)
     assert torch.equal(r, r_plain) and G.shape == (4, 4, 2, 2)
     assert torch.allclose(sum(groups.values()), G, rtol=1e-4, atol=1e-6 * G.abs().max().item())
     assert [group for group in groups] == ["embeddings", "block 1", "block 2"][:l + 1]

@@ -159,19 +159,18 @@ PROMPTS = [some_tokens(n, seed=n).tolist() for n in (1, 9, 4, 17, 9)]
 
 
 @pytest.mark.parametrize("l", [0, 1, 2, 3])
-@pytest.mark.parametrize("pad", [0, 49])
-def test_last_states_are_those_at_the_last_token_of_each_prompt(l, pad):
+def test_last_states_are_those_at_the_last_token_of_each_prompt(l):
     """No mask hides the padding, and none is needed: each prompt alone has the same state."""
     model = tiny()
-    states = last_states(model, PROMPTS, l, pad=pad)
+    states = last_states(model, PROMPTS, l)
     for ids, state in zip(PROMPTS, states, strict=True):
         assert torch.allclose(state, model(torch.tensor([ids]), upto=l)[0, -1], atol=1e-5)
 
 
 def test_right_padded_keeps_the_prompts_and_knows_where_they_end():
     prompts = [[5, 6, 7], [8], [9, 9]]
-    tokens, last = right_padded(prompts, "cpu", pad=3)
-    assert tokens.tolist() == [[5, 6, 7], [8, 3, 3], [9, 9, 3]] and last.tolist() == [2, 0, 1]
+    tokens, last = right_padded(prompts, "cpu")
+    assert tokens.tolist() == [[5, 6, 7], [8, 0, 0], [9, 9, 0]] and last.tolist() == [2, 0, 1]
     assert prompts == [[5, 6, 7], [8], [9, 9]], "the caller's lists are left alone"
 
 
@@ -225,16 +224,19 @@ def test_generation_ends_when_all_rows_have_stopped():
 
 
 def test_neither_padding_nor_neighbours_change_an_answer():
-    model = tiny()
-    together = generate(model, PROMPTS, 12, stop=-1, pad=0)
-    assert together == generate(model, PROMPTS, 12, stop=-1, pad=49)
-    assert together == [generate(model, [prompt], 12, stop=-1)[0] for prompt in PROMPTS]
+    """Rows are padded with token 0. In no prompt or answer here, it may as well have another embedding."""
+    model, prompts = tiny(), [[max(i, 1) for i in prompt] for prompt in PROMPTS]
+    together = generate(model, prompts, 12, stop=-1)
+    assert together == [generate(model, [prompt], 12, stop=-1)[0] for prompt in prompts]
+    assert not any(0 in answer for answer in together)
+    model.embed_tokens.weight.data[0] *= -9
+    assert together == generate(model, prompts, 12, stop=-1)
 
 
 def test_openings_teacher_forced_through_the_cache_have_the_logits_of_whole_sequences():
     """Two openings of different length on one prefill: the second overwrites the slots of the first."""
     model = tiny()
-    hidden, cache = prefill(model, PROMPTS, room=6)
+    hidden, cache = prefill(model, PROMPTS, extra=6)
     for opening in ([7, 8, 9, 10, 11, 12], [20, 21]):
         cache.rewind()
         with torch.no_grad():
@@ -246,12 +248,14 @@ def test_openings_teacher_forced_through_the_cache_have_the_logits_of_whole_sequ
 
 
 def test_prompts_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match="prompt 1 has 0 tokens: it needs 1 to 59, for 5 more to fit"):
+    with pytest.raises(ValueError, match="prompt 1 has 0 tokens: it needs at least one, and with 5 more"):
         generate(tiny(), [[1], []], 5, stop=0)
     with pytest.raises(ValueError, match="prompt 2 has 60 tokens: .* the context of 64; shorten it or"):
         generate(tiny(), [[1], [2], [3] * 60], 5, stop=0)
-    with pytest.raises(ValueError, match="do not fit in a cache with room for 5"):
-        tiny()(some_tokens(1, 6), cache=Cache([2], room=5))
+    with pytest.raises(ValueError, match="has 1 tokens: .* with 99 more must fit the context of 64; shorten"):
+        generate(tiny(), [[1]], 99, stop=0)
+    with pytest.raises(ValueError, match="0 . 6 tokens do not fit in a cache with room for 5"):
+        tiny()(some_tokens(1, 6), cache=Cache([2], room=5, device="cpu"))
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
