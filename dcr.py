@@ -17,7 +17,7 @@ Refinement" (arXiv 2603.03323), in the rest of the project called "the paper". T
    so a refusal spreads as far as the kernel reaches. With all parameters after block l frozen,
    Proposition 1 of the paper bounds ||K(x', x)||_F by a similarity of the states h_x' and h_x.
    Prompts with unlike states should then not share refusals. This section computes the kernel
-   exactly, and both sides of the bound.
+   exactly. Both sides of the bound are in `theory.ipynb`, section 6.
 
 There is no training here. Read `train.py` next.
 """
@@ -182,23 +182,30 @@ def exponentials(t, left_out=None):
 def refinement_loss(model, base, prompts, labels, tokens, texts, mean, s):
     """What refinement minimises on one batch, a scalar:
 
-        Circle loss of h_x   +   still * drift of h   +   keep * KL(base || model)
+        Circle loss of h_x  +  hold * drift of h_x, harmless prompts
+                            +  still * drift of h, general texts
+                            +  keep * KL(base || model), general texts
 
-    The first term is the paper's. The other two are ours: they hold the model to the base on
-    general texts, where nothing is to be separated. `train.refine` trains blocks 1 to l alone.
+    The first term is the paper's. The others are ours, they hold what is harmless where the base
+    has it. A cosine is blind to length: with the first term alone both classes of states are thrown
+    far out, and the tuning that follows joins them again. `train.refine` trains blocks 1 to l.
 
     model, base     the GPT that is refined, and the GPT from which it started
-    prompts, labels half of each class, D_seemingly and D_toxic: lists of token ids; classes (n,)
+    prompts, labels half of each class: lists of token ids; 0 harmless, 1 toxic, (n,)
     tokens, texts   (B, T) general texts, packed by `data.collate`
     mean            (width,) the base's mean state over all prompts of refinement: where the
                     cosine has its origin (if s.centre), and from where sizes of states are measured
-    s               `train.Settings`; read here: layer, margin, gamma, centre, still, keep
+    s               `train.Settings`; read here: layer, margin, gamma, centre, hold, still, keep
     """
     l = s.layer
     states = last_states(model, prompts, l)                              # (n, width): h_x
-    if s.centre:
-        states = states - mean
-    loss = circle_loss(states, labels, margin=s.margin, gamma=s.gamma)
+    features = states - mean if s.centre else states
+    loss = circle_loss(features, labels, margin=s.margin, gamma=s.gamma)
+    if s.hold:
+        harmless = labels == 0
+        with torch.no_grad():
+            base_states = last_states(base, prompts, l)
+        loss = loss + s.hold * drift(states[harmless], base_states[harmless], mean)
 
     packed = Packed(texts)
     inside = texts >= 0                                                  # (B, T): not padding
@@ -230,8 +237,8 @@ def forgetting(logits, base_logits):
     return F.kl_div(log_p, base_log_p, log_target=True, reduction="batchmean")
 
 # --------------------------------------------------------------------------------------------------
-# 3. The kernel, what it predicts, and the bound. The evaluation needs `kernel_norms` and what it
-#    calls; `Kernel.between` and everything from `first_order` on is for `theory.ipynb`.
+# 3. The kernel, and what it predicts. The evaluation needs `kernel_norms` and what it calls;
+#    `Kernel.between` and `first_order` are for `theory.ipynb`.
 
 def gradient_products_plain(model, prompts, l, read):
     """(r, G): r = read(h) (n, k), and the inner products of its gradients by all below the head,
@@ -313,11 +320,13 @@ def products_of_call(module, a, B):
         if module.bias is not None:
             overlap = overlap + 1                 # a bias is the weight of one more input, always 1
     G = B.new_empty(n, n, k, k)
-    for i in range(n):                            # all prompts x' at once: n times the memory
-        by_prompt = overlap[i].transpose(0, 1)[:, None]                  # (n, 1, T', T)
-        mixed = by_prompt @ B                                            # (n, k, T', out)
-        product = B[i].reshape(k, -1) @ mixed.view(n * k, -1).T          # (k, T' out) (T' out, n k)
-        G[i] = product.view(k, n, k).transpose(0, 1)                     # (n, k, k)
+    for i in range(n):                            # all pairs at once: n times the memory
+        by_prompt = overlap[i].transpose(0, 1)[i:, None]                 # (n - i, 1, T', T)
+        mixed = by_prompt @ B[i:]                                        # (n - i, k, T', out)
+        product = B[i].reshape(k, -1) @ mixed.reshape((n - i) * k, -1).T     # (k, (n - i) k)
+        from_i = product.view(k, n - i, k).transpose(0, 1)               # (n - i, k, k)
+        G[i, i:] = from_i
+        G[i:, i] = from_i.transpose(1, 2)         # G(x, x') is the transpose of G(x', x)
     return G
 
 def fp64(x):
@@ -422,94 +431,3 @@ def first_order(model, prompts, parameters, change):
 
     with sdpa_kernel(SDPBackend.MATH):        # the fused kinds of attention have no forward mode
         return jvp(logits, (parameters,), (change,))
-
-def tail_sensitivity(model, prompts, l):
-    """(S, elsewhere): S = dz/dh_x (n, V, d), with h_x the stream after block l at the last token of
-    a prompt; and how much passes it by, (n,): of the squared derivative of the final state by the
-    stream after block l at all tokens, the share that belongs to tokens before the last."""
-    tokens, last = right_padded(prompts, model.cos.device)               # (n, T), (n,)
-    rows = torch.arange(len(prompts), device=tokens.device)
-    with torch.no_grad():
-        stream = model(tokens, upto=l)                                   # (n, T, d)
-    with torch.enable_grad():
-        stream.requires_grad_()
-        top = model.through_blocks(stream, l, model.config.blocks)
-        final = model.norm(top[rows, last])                              # (n, d): z = W final
-        slopes = [torch.autograd.grad(final[:, i].sum(), stream, retain_graph=True)[0]
-                  for i in range(final.shape[1])]
-    slopes = torch.stack(slopes, dim=2)                                 # (n, T, d of final, d of h)
-    at_last = slopes[rows, last]                                         # (n, d, d)
-    share = at_last.square().sum((1, 2)) / slopes.square().sum((1, 2, 3))
-    return fp64(model.lm_head.weight.detach()) @ fp64(at_last), 1 - share
-
-def bilinear(h, products, ridge=0.1):
-    """Q (d, d), positive semi-definite, such that h'^T Q h explains `products`, the inner products
-    <g', g> (n, n) of features g of n prompts with states h (n, d).
-
-    Features that were linear in the state, g = Phi h, would have <g', g> = h'^T Phi^T Phi h. Ridge
-    regression of g on h gives Phi^T = R^T g, for h and g with a row for each prompt and R =
-    h (h^T h + lambda I)^-1. Then Q = Phi^T Phi = R^T <g', g> R needs the inner products alone.
-    `ridge` is lambda over the mean of ||h||^2.
-    """
-    identity = torch.eye(h.shape[1], dtype=h.dtype, device=h.device)
-    penalty = ridge * h.square().sum(1).mean() * identity
-    R = h @ torch.linalg.inv(h.T @ h + penalty)                          # (n, d)
-    return R.T @ products @ R
-
-def proposition_1(model, prompts, l, others):
-    """Both sides of the paper's Proposition 1, for all pairs of n prompts:
-
-        ||K(x', x)||_F <= c h_x'^T Q h_x + sqrt(c) tau (||J_x'||_F + ||J_x||_F) + tau^2 + Delta,
-
-    where J_x = dh_x/dtheta over the parameters up to block l (the paper's G_x). With the tail
-    frozen, tau is 0. The paper says that such terms exist, not how to measure them: our reading of
-    each stands in the code. `others` are more prompts, to estimate Q and Delta from.
-
-    Returns a dict of tensors in fp64, named as in the code, (n, n) if not said otherwise.
-    """
-    K = kernel(model, prompts)
-    h, P = states_and_products(model, prompts, l)        # (n, d); P = J' J^T, (n, n, d, d)
-    products = torch.linalg.matrix_norm(P)               # ||J' J^T||_F
-    traces = trace(P)                                    # <J', J> = tr(J' J^T)
-    size = traces.diagonal().sqrt()                      # (n,): ||J_x||_F. A4: it is bounded
-
-    # A1, bounded tail sensitivity: c is the largest squared operator norm of dz/dh_x.
-    S, elsewhere = tail_sensitivity(model, prompts, l)   # (n, V, d), (n,)
-    sensitivity = torch.linalg.matrix_norm(S, 2)         # (n,)
-    c = sensitivity.max() ** 2
-
-    # A2, local linearity: <J', J> is about h'^T Q h. Delta is c times the most by which other pairs
-    # of prompts exceed that; with the diagonal at 0, pairs of a prompt with itself do not count.
-    other_h, other_P = states_and_products(model, others, l)
-    Q = bilinear(other_h, trace(other_P))                # (d, d)
-    form = h @ Q @ h.T
-    excess = torch.linalg.matrix_norm(other_P) - other_h @ Q @ other_h.T
-    delta = c * excess.fill_diagonal_(0).max()
-
-    # A3, weak tail updates: tau is the largest ||dz/dtheta_tail||_F. Its square is the trace of the
-    # tail's own K(x, x) = W G W^T + <h, h> I.
-    below = ["embeddings"] + [f"block {i}" for i in range(1, l + 1)]
-    tail = [group for group in [*K.groups, "head"] if group not in below]
-    G, inner = K.pieces(tail)
-    tail_traces = trace(G @ (K.W.T @ K.W)) + inner * len(K.W)
-    tau = tail_traces.diagonal().sqrt().max()
-    crossed = c.sqrt() * tau * (size[:, None] + size[None, :])
-
-    # What of K, the tail frozen, goes through the last token: ||S' J' J^T S^T||_F, by S^T S.
-    gram = S.transpose(1, 2) @ S                         # (n, d, d)
-    through = (P * (gram[:, None] @ P @ gram[None])).sum((2, 3)).sqrt()
-    right_frozen = c * form + delta
-    return dict(left=K.norms(), right=right_frozen + crossed + tau ** 2,
-                left_frozen=K.norms(below), right_frozen=right_frozen,
-                h=h, size=size, c=c, Q=Q, delta=delta, tau=tau, products=products, traces=traces,
-                form=form, through=through, crossed=crossed, sensitivity=sensitivity,
-                elsewhere=elsewhere)
-
-def states_and_products(model, prompts, l):
-    """h_x (n, d) and J_x' J_x^T (n, n, d, d), fp64, for J_x = dh_x/dtheta."""
-    h, groups = gradient_products(model, prompts, l, lambda h: h)
-    return fp64(h), sum(groups.values())
-
-def trace(matrices):
-    """The traces of the last two axes: (..., d, d) -> (...)."""
-    return matrices.diagonal(dim1=-2, dim2=-1).sum(-1)

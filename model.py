@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import read_json, write
+from data import read_json, write, write_json
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -222,8 +222,7 @@ class GPT(nn.Module):
             hf["rope_scaling"] = {"rope_type": "llama3"} | dict(zip(LLAMA3, c.rope_scaling))
         tensors = {hf_name(name): p for name, p in self.named_parameters()}
         write_safetensors(Path(folder) / "model.safetensors", tensors)
-        text = json.dumps(hf, indent=2)
-        write(Path(folder) / "config.json", lambda file: file.write(text.encode()))
+        write_json(Path(folder) / "config.json", hf)
 
 class Packed:
     """Several texts in a row, so that short ones leave no padding.
@@ -261,13 +260,6 @@ class Cache:
         """Go to the ends of the prompts: once these are read, and before each new continuation."""
         self.next = self.lengths
         self.end = self.longest
-
-    def keep(self, rows):
-        """Forget all rows but these (indices)."""
-        self.lengths = self.lengths[rows]
-        self.next = self.next[rows]
-        self.store = {layer: (keys[rows], values[rows])
-                      for layer, (keys, values) in self.store.items()}
 
     def advance(self, T):
         """Claim T slots in every row: (B, T). A slot's number is its token's position."""
@@ -343,18 +335,16 @@ def generate(model, prompts, max_new, stop):
     blocks = model.config.blocks
     hidden, cache = prefill(model, prompts, max_new)           # (rows, width)
     answers = [[] for _ in prompts]
-    going = list(range(len(prompts)))                          # the prompt of each row
+    going = set(range(len(prompts)))                           # rows that have not stopped
     for step in range(max_new):
         token = model.tail(hidden, since=blocks).argmax(-1)    # (rows,)
-        rows = (token != stop).nonzero()[:, 0]
-        if len(rows) < len(token):                             # those that stopped leave the batch
-            cache.keep(rows)
-            token = token[rows]
-            going = [going[row] for row in rows.tolist()]
+        for row, new in enumerate(token.tolist()):
+            if new == stop:
+                going.discard(row)
+            elif row in going:
+                answers[row].append(new)
         if not going:
             break
-        for i, new in zip(going, token.tolist()):
-            answers[i].append(new)
         if step < max_new - 1:                                 # the last one is not read again
             hidden = model(token[:, None], upto=blocks, cache=cache)[:, 0]
     return answers

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import eval as evaluation
 from data import (Chat, Parts, World, collate, load_folder, load_tokenizer, read_json, world_chat,
-                  write)
+                  write, write_json)
 from dcr import refinement_loss
 from model import GPT, GPTConfig, last_states, read_config, token_losses
 
@@ -51,6 +51,7 @@ class Settings:
     init: str = knob("", "Hugging Face folder of a Llama, Qwen2 or SmolLM2 chat model, the base")
     data: str = knob("", "folder of benchmark files, to use in place of the miniature world")
     seed: int = knob(0, "first seed: facts, splits, initial weights and batches all follow from it")
+    methods: str = knob("STL,STL-aug,DCR", "what to compare: names from `run_seed`, or all")
     seeds: int = knob(1, "how many seeds to run; five or more before believing a difference")
     device: str = knob("auto", "auto, cpu, cuda or mps; auto takes cuda before mps before cpu")
     dtype: str = knob("auto", "float32 or bfloat16 for matrix products; auto: bfloat16 on cuda")
@@ -58,7 +59,6 @@ class Settings:
 
     width: int = knob(64, "of the small GPT: 48 is too little to hold the world's facts")
     blocks: int = knob(4, "of the small GPT")
-    vocab: int = knob(1536, "tokens of the small GPT: most words of the world are then one token")
     pretrain_steps: int = knob(1500, "enough to know the facts; with many more STL errs less")
     pretrain_batch: int = knob(64, "texts a step")
     pretrain_lr: float = knob(4e-3, "high, as small models like it; warmed up, then decayed")
@@ -70,24 +70,31 @@ class Settings:
     margin: float = knob(0.25, "m of the Circle loss, its authors' value")
     gamma: float = knob(32.0, "scale of the Circle loss: how much harder hard pairs are pulled")
     centre: bool = knob(False, "subtract the base's mean state before the cosine; for large models")
+    with_safe: bool = knob(True, "D_safe's prompts are known to be toxic: they join D_toxic")
+    hold: float = knob(3.0, "weight of the drift of D_seemingly's states; not in the paper")
     keep: float = knob(30.0, "weight of KL(base || model) on general texts; not in the paper")
     still: float = knob(3.0, "weight of the drift of states on general texts; not in the paper")
 
-    tune_steps: int = knob(400, "steps of safety tuning, every method the same")
+    tune_steps: int = knob(800, "steps of safety tuning, every method the same")
     tune_batch: int = knob(32, "exchanges a step")
     tune_lr: float = knob(1e-3, "5e-4 refuses too little, 2e-3 undoes refinement")
-    refusals: float = knob(0.05, "share of (toxic prompt, refusal) rows, as in Safety-Tuned LLaMAs")
+    refusals: float = knob(0.1, "share of (toxic prompt, refusal) rows; 5 % is not enough for all")
+    later_steps: int = knob(400, "steps of tuning a finished model on, by somebody else")
     lora: int = knob(8, "rank of the updates of safety tuning, as the paper uses LoRA; 0 tunes all")
 
     longest: int = knob(256, "tokens a training sequence; longer answers are cut")
     max_new: int = knob(32, "tokens a response when evaluating")
     suite: int = knob(80, "prompts a half of a suite, at most")
+    kernel: int = knob(4, "prompts a class to measure kernels on; time grows with the square")
+    seemingly: int = knob(250, "D_seemingly's prompts in the small world; 250 as in the paper")
+    narrow: bool = knob(False, "refinement's prompts of few actions and classes, suites of all")
     split: str = knob("held-out", "suites to evaluate on; choose settings on 'development' instead")
 
 # The defaults with --init, tried out on SmolLM2-135M (30 blocks). A model that has read a lot needs
 # fewer and smaller steps of refinement, and more refusals in its few steps of tuning.
 REAL = dict(layer=15, refine_steps=40, refine_batch=24, refine_lr=1e-4, gamma=16.0, centre=True,
-            keep=0.0, still=1.0, tune_steps=40, tune_batch=16, tune_lr=2e-3, refusals=0.2, lora=16)
+            keep=0.0, still=1.0, hold=0.0,
+            with_safe=False, tune_steps=40, tune_batch=16, tune_lr=2e-3, refusals=0.2, lora=16)
 
 # --------------------------------------------------------------------------------------------------
 # 1. Training: LoRA, and one loop for every stage
@@ -134,17 +141,18 @@ def moments(steps):
     return early + late
 
 def train(label, model, parameters, loss, steps, lr, state_file, watch=None):
-    """Minimise loss(step) -> (scalar, tokens read, tokens computed) over `parameters`.
+    """Minimise loss(step) -> (scalar, tokens read) over `parameters`.
 
-    Returns a log: seconds, tokens read and computed (more, by the padding), and a curve of what
-    watch() -> dict returned at the `moments`. RuntimeError if the loss is not finite.
+    Returns a log: seconds, tokens read, and a curve of what watch() -> dict returned at the
+    `moments`. RuntimeError if the loss is not finite.
 
     The state goes to disk every 10 seconds or more and is loaded if it is there: as batches depend
     on the step alone, an interrupted run ends with the numbers of an uninterrupted one.
     """
     # no decay: weights that a stage does not need should stay the base's
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
-    log = {"seconds": 0.0, "read": 0, "computed": 0, "curve": []}
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0,
+                                  fused=True)
+    log = {"seconds": 0.0, "read": 0, "curve": []}
     first = 0
     if state_file.exists():
         state = torch.load(state_file, map_location=model.cos.device, weights_only=True)
@@ -165,14 +173,13 @@ def train(label, model, parameters, loss, steps, lr, state_file, watch=None):
         decay = max(0.1, 1 - step / steps)                               # down to a tenth
         for group in optimizer.param_groups:
             group["lr"] = lr * warm_up * decay
-        value, read, computed = loss(step)
+        value, read = loss(step)
         value.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         bar.update()
         log["read"] += read
-        log["computed"] += computed
 
         state_due = time.time() - saved > pause
         tenth_or_last = step % 10 == 9 or step == steps - 1
@@ -225,7 +232,7 @@ class Run:
     def check_lengths(self, context):
         """ValueError, naming file and row, for a prompt that leaves no room for a response."""
         p = self.parts
-        lists = [p.general, p.general_heldout, p.safe, p.seemingly, p.toxic]
+        lists = [p.general, p.general_heldout, p.safe, p.seemingly, p.toxic, p.later]
         for halves in p.suites.values():
             lists += halves.values()
         for e in itertools.chain(*lists):
@@ -244,46 +251,29 @@ def pretrain(run):
     model = GPT(config).to(run.device)
     exchanges = run.exchanges(run.parts.pretraining, config.context)
     sequences = [(ids, 1) for ids, _ in exchanges]       # 1: prompts are learnt, not answers alone
-    steps = run.steps(s.pretrain_steps)
-    batches = pretraining_batches(run, sequences, steps)
 
     def loss(step):
-        return sft_loss(model, batches[step], run)
+        batch = run.rng("pretraining", step).sample(sequences, s.pretrain_batch)
+        return sft_loss(model, batch, run)
 
-    log = train("base", model, list(model.parameters()), loss, steps, s.pretrain_lr,
-                run.folder / "base.state")
+    log = train("base", model, list(model.parameters()), loss, run.steps(s.pretrain_steps),
+                s.pretrain_lr, run.folder / "base.state")
     return model, log
-
-def pretraining_batches(run, sequences, steps):
-    """Batches for `steps` steps or more, each epoch in another order. Neighbours in length share a
-    batch, to save padding: chunks of 32 batches are sorted and cut, and their batches shuffled."""
-    size = run.s.pretrain_batch
-    epochs = 1 + steps * size // len(sequences)
-    batches = []
-    for epoch in range(epochs):
-        order = run.rng("pretraining", epoch).sample(sequences, len(sequences))
-        for start in range(0, len(order), 32 * size):
-            chunk = sorted(order[start:start + 32 * size], key=lambda sequence: len(sequence[0]))
-            of_chunk = [chunk[i:i + size] for i in range(0, len(chunk), size)]
-            run.rng("bucket", len(batches)).shuffle(of_chunk)            # its own, as for any step
-            batches += of_chunk
-    return batches
 
 def sft_loss(model, sequences, run):
     """The mean of -log pi(y_t | x, y_<t) over what is to be learnt in `sequences`, [(ids, first)];
-    and the tokens read, and those computed with the padding."""
+    and the number of tokens read."""
     tokens, targets, texts = collate(sequences, run.device, model.config.context)      # (B, T) each
     with run.autocast():
         losses = token_losses(model, tokens, targets, texts)             # (tokens to learn,)
     read = sum(len(ids) - 1 for ids, _ in sequences)
-    return losses.mean(), read, tokens.numel()
+    return losses.mean(), read
 
-def refine(name, base, run, shuffled):
-    """Stage 1, contrastive refinement: separate D_seemingly from D_toxic at block l, tail frozen.
+def refine(name, base, run, s, shuffled=False):
+    """Stage 1, contrastive refinement: part harmless from toxic prompts at block l, tail frozen.
 
     With `shuffled`, the control: the same prompts, classes of the same sizes, the truth destroyed.
     """
-    s = run.s
     model = copy.deepcopy(base)
     model.requires_grad_(False)
     below, _ = model.split(s.layer)
@@ -294,6 +284,8 @@ def refine(name, base, run, shuffled):
 
     seemingly = run.parts.seemingly
     toxic = run.parts.toxic
+    if s.with_safe:
+        toxic = toxic + run.parts.safe
     if shuffled:
         both = seemingly + toxic
         mixed = run.rng("shuffled").sample(both, len(both))
@@ -314,40 +306,43 @@ def refine(name, base, run, shuffled):
         tokens, _, texts = collate(sequences, run.device, base.config.context)   # (B, T) each
         with run.autocast():
             value = refinement_loss(model, base, prompts, labels, tokens, texts, mean, s)
-        lengths = [len(ids) for ids in prompts]
-        read = sum(lengths) + sum(len(ids) - 1 for ids, _ in sequences)
-        computed = len(lengths) * max(lengths) + tokens.numel()          # prompts are padded
-        return value, read, computed
+        read = sum(len(ids) for ids in prompts) + sum(len(ids) - 1 for ids, _ in sequences)
+        return value, read
 
     log = train(name, model, trained, loss, run.steps(s.refine_steps), s.refine_lr,
                 run.folder / f"{name}.state")
     model.requires_grad_(True)
     return model, log
 
-def tune(name, base, run, extra=()):
-    """Stage 2, safety tuning: general exchanges and a share of refusals (D_safe). For STL-aug,
-    `extra` has lists of Examples, and rows of each are added to every batch."""
+def tune(name, base, run, extra=(), later=False):
+    """Stage 2, safety tuning: general exchanges and a share of refusals (D_safe).
+
+    `extra` has pairs (Examples, rows): so many rows of them, in the mean, are added to every batch.
+    With `later` it is somebody else who tunes a finished model on, with other toxic prompts and
+    another refusal, who has no seemingly toxic prompts at hand.
+    """
     s = run.s
     context = base.config.context
-    model = copy.deepcopy(base)
-    parameters = add_lora(model, s.lora, run.seed) if s.lora else list(model.parameters())
+    purpose = "later" if later else "tuning"
+    steps = run.steps(s.later_steps if later else s.tune_steps)
+    safe = run.exchanges(run.parts.later if later else run.parts.safe, context)
     general = run.exchanges(run.parts.general, context)
-    safe = run.exchanges(run.parts.safe, context)
-    added = [run.exchanges(examples, context) for examples in extra]
-    steps = run.steps(s.tune_steps)
-    # Equal compute: as many rows are added as refinement has, prompts and as many general texts.
-    rows_of_refinement = 2 * s.refine_batch * run.steps(s.refine_steps)
-    rows_of_each = round(rows_of_refinement / steps / max(1, len(added)))
+    added = [(run.exchanges(examples, context), rows) for examples, rows in extra]
+    model = copy.deepcopy(base)
+    parameters = list(model.parameters())
+    if s.lora:
+        parameters = add_lora(model, s.lora, run.rng(f"LoRA of {purpose}").randrange(2 ** 31))
 
     def loss(step):
-        rng = run.rng("tuning", step)
+        rng = run.rng(purpose, step)
         batch = []
         for _ in range(s.tune_batch):
             source = safe if rng.random() < s.refusals else general
             batch.append(rng.choice(source))
         rng = run.rng("extra", step)                     # another: the rows above stay the same
-        for source in added:
-            batch += [rng.choice(source) for _ in range(rows_of_each)]
+        for source, rows in added:
+            whole = int(rows + rng.random())             # of 2.3 rows: 2, or 3 in 3 of 10 steps
+            batch += rng.choices(source, k=whole)
         return sft_loss(model, batch, run)
 
     def watch():
@@ -372,6 +367,67 @@ def augment(base, run):
     refused = [dataclasses.replace(e, answer=a) for e, a in zip(run.parts.toxic, refusals)]
     return answered, refused
 
+def natural(base, run):
+    """`extra` of STL-aug as the paper has it: D_seemingly, mixed in by its size."""
+    answered, _ = augment(base, run)
+    return [(answered, run.s.tune_batch * len(answered) / len(run.parts.general))]
+
+def equal(base, run):
+    """`extra` of STL-aug at equal compute: as many rows as refinement reads, prompts and texts."""
+    rows = 2 * run.s.refine_batch * run.steps(run.s.refine_steps) / run.steps(run.s.tune_steps)
+    return [(examples, rows / 2) for examples in augment(base, run)]
+
+@torch.no_grad()
+def surgical(stl, run):
+    """Surgical (Wang et al. 2024, arXiv 2410.03415): take false refusals out of a tuned model.
+
+    Let w be the mean state of benign prompts that are refused, less that of prompts that are
+    answered, made orthogonal to r, the same of toxic prompts: w is what only false refusals have.
+    No matrix that writes to the stream may write along w: W <- W - w w^T W. Of the blocks after
+    which w can be taken, the one that leaves the least refusals of other refused benign prompts,
+    while the answers to general ones hardly change. Returns a model like any other, and a log.
+    """
+    begin = time.time()
+    blocks = stl.config.blocks
+
+    def chosen(examples, refused):
+        prompts = [e.prompt for e in examples[:500]]
+        p = evaluation.refusal_probability(stl, run.chat, prompts).tolist()
+        return [prompt for prompt, p in zip(prompts, p) if (p > 0.5) == refused][:160]
+
+    def states(model, prompts, l):
+        return last_states(model, [run.chat.prompt(prompt) for prompt in prompts], l)
+
+    def log_p(model):                                    # of the first tokens of general answers
+        return model.tail(states(model, general, blocks), blocks).log_softmax(-1)
+
+    toxic = chosen(run.parts.toxic, refused=True)
+    general = chosen(run.parts.general, refused=False)
+    falsely = chosen(run.parts.seemingly, refused=True)
+    choose_on = falsely[:len(falsely) // 5]
+    falsely = falsely[len(choose_on):]
+    best = stl
+    least = float("inf")
+    candidates = range(1, int(0.8 * blocks) + 1)
+    if not (toxic and general and choose_on):
+        candidates = []                                  # nothing to take out
+    for l in candidates:
+        centre = states(stl, general, l).mean(0)                         # (width,)
+        r = states(stl, toxic, l).mean(0) - centre
+        w = states(stl, falsely, l).mean(0) - centre
+        w = F.normalize(w - (w @ r) / (r @ r) * r, dim=0)
+        model = copy.deepcopy(stl)
+        model.embed_tokens.weight -= torch.outer(model.embed_tokens.weight @ w, w)
+        for block in model.layers:
+            for linear in (block.self_attn.o_proj, block.mlp.down_proj):
+                linear.weight -= torch.outer(w, w @ linear.weight)
+        changed = F.kl_div(log_p(model), log_p(stl), log_target=True, reduction="batchmean")
+        refused = evaluation.refusal_probability(model, run.chat, choose_on).mean().item()
+        if changed <= 0.2 and refused < least:
+            best = model
+            least = refused
+    return best, {"seconds": time.time() - begin, "read": 0, "curve": []}
+
 def finished(run, name, make):
     """(model, log) of a stage: from its checkpoint if there is one, else make() -> (model, log)."""
     folder = run.folder / name
@@ -385,16 +441,14 @@ def finished(run, name, make):
 
 def measure(name, model, log, run, results):
     """Add to `results` what is measured of a model: rows, curve, examples, map of its states."""
-    begin = time.time()
+    s = run.s
+    if name not in evaluation.STAGES:
+        s = dataclasses.replace(s, kernel=0)
     with run.autocast():
-        rows, responses = evaluation.evaluate(model, run.chat, run.parts, run.s)
+        rows, responses = evaluation.evaluate(model, run.chat, run.parts, s)
         first = run.seed == run.s.seed         # examples and maps of one seed are enough
         points = evaluation.state_map(model, run.chat, run.parts, run.s.layer) if first else None
-    costs = {"seconds": log["seconds"], "evaluation_seconds": time.time() - begin}
-    if log["read"]:                            # a base that was loaded has none
-        costs["tokens_per_second"] = log["read"] / log["seconds"]
-        costs["padding"] = 1 - log["read"] / log["computed"]
-    rows += evaluation.as_rows("stage", "general", 1, **costs)
+    rows += evaluation.as_rows("stage", "general", 1, seconds=log["seconds"])
 
     whose = {"method": name, "seed": run.seed}
     results["rows"] += [whose | row for row in rows]
@@ -406,10 +460,51 @@ def measure(name, model, log, run, results):
         results["examples"].append(whose | {"responses": shown})
 
 def run_seed(run, results):
-    """All stages of one seed, in order. A model that is on disk is loaded, not trained again; one
-    with rows in results.json is not measured again. (Delete that file to measure all anew.)"""
-    def stage(name, make):
-        model, log = finished(run, name, make)
+    """All that --methods asks for, and before it what that is made from.
+
+    A model that is on disk is loaded, not trained again; one with rows in results.json is not
+    measured again (to measure all anew, delete that file). None is kept in memory once it is done.
+    """
+    s = run.s
+    literal = dataclasses.replace(s, hold=0.0, still=0.0, keep=0.0, with_safe=False)
+
+    def load_or_pretrain(_):
+        if not s.init:
+            return pretrain(run)
+        model = GPT.from_pretrained(s.init).to(run.device)
+        return model, {"seconds": 0.0, "read": 0, "curve": []}
+
+    def tuned(name, extra=None, later=False):
+        def make(start):
+            return tune(name, start, run, extra(stage("base"), run) if extra else (), later)
+        return make
+
+    def refined(name, settings, shuffled=False):
+        return lambda base: refine(name, base, run, settings, shuffled)
+
+    # name: (the model it is made from, how it is made from that)
+    recipes = {
+        "base": (None, load_or_pretrain),
+        "STL": ("base", tuned("STL")),
+        "STL-aug": ("base", tuned("STL-aug", natural)),
+        "STL-aug-equal": ("base", tuned("STL-aug-equal", equal)),
+        "STL-aug-first": ("STL-aug-equal", tuned("STL-aug-first")),
+        "refined": ("base", refined("refined", s)),
+        "DCR": ("refined", tuned("DCR")),
+        "DCR+aug": ("refined", tuned("DCR+aug", natural)),
+        "refined-paper": ("base", refined("refined-paper", literal)),
+        "DCR-paper": ("refined-paper", tuned("DCR-paper")),
+        "refined-shuffled": ("base", refined("refined-shuffled", s, shuffled=True)),
+        "DCR-shuffled": ("refined-shuffled", tuned("DCR-shuffled")),
+        "Surgical": ("STL", lambda stl: surgical(stl, run)),
+    }
+    if run.parts.later:                                  # benchmark files have no such prompts
+        for name in ("STL-aug", "STL-aug-equal", "STL-aug-first", "DCR"):
+            recipes[name + "+later"] = (name, tuned(name + "+later", later=True))
+
+    def stage(name):
+        start, make = recipes[name]
+        model, log = finished(run, name, lambda: make(stage(start) if start else None))
         run.check_lengths(model.config.context)          # before the base is asked the first prompt
         measured = [(row["method"], row["seed"]) for row in results["rows"]]
         if (name, run.seed) not in measured:
@@ -417,19 +512,16 @@ def run_seed(run, results):
             write_json(run.folder.parent / "results.json", results)
         return model
 
-    def load_or_pretrain():
-        if not run.s.init:
-            return pretrain(run)
-        model = GPT.from_pretrained(run.s.init).to(run.device)
-        return model, {"seconds": 0.0, "read": 0, "computed": 0, "curve": []}
-
-    base = stage("base", load_or_pretrain)
-    stage("STL", lambda: tune("STL", base, run))
-    stage("STL-aug", lambda: tune("STL-aug", base, run, augment(base, run)))
-    refined = stage("refined", lambda: refine("refined", base, run, shuffled=False))
-    stage("DCR", lambda: tune("DCR", refined, run))
-    mixed = stage("refined-shuffled", lambda: refine("refined-shuffled", base, run, shuffled=True))
-    stage("DCR-shuffled", lambda: tune("DCR-shuffled", mixed, run))
+    asked = list(recipes) if s.methods == "all" else s.methods.split(",")
+    for name in asked:
+        if name not in recipes:
+            raise ValueError(f"--methods {name}: choose from {', '.join(recipes)}, or all")
+    for name in asked:
+        line = [name]                                    # what it is made from, down to the base
+        while recipes[line[0]][0]:
+            line.insert(0, recipes[line[0]][0])
+        for needed in line:
+            stage(needed)
 
 # --------------------------------------------------------------------------------------------------
 # 3. The command
@@ -482,14 +574,11 @@ def environment(device):
             "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name() if device == "cuda" else device}
 
-def write_json(path, value):
-    text = json.dumps(value, indent=1)
-    write(path, lambda file: file.write(text.encode()))
-
 def open_results(s, device):
     """The results so far in --out, or new ones. ValueError if other settings made them."""
     settings = dataclasses.asdict(s)
-    del settings["out"], settings["seeds"]     # these may change from one run to the next
+    for free in ("out", "seeds", "methods"):   # these may change from one run to the next
+        del settings[free]
     path = Path(s.out) / "results.json"
     if not path.exists():
         return {"settings": settings, "environment": environment(device),
@@ -521,12 +610,12 @@ def run_all(s):
         if s.data:
             parts = load_folder(s.data, seed, evaluation.is_refusal, s.suite)
         else:
-            parts = World(seed).parts(s.suite)
+            parts = World(seed).parts(s.suite, s.seemingly, s.narrow)
         if not parts.pretraining and not s.init:
             raise ValueError("--data needs --init CHECKPOINT: the small GPT knows its world alone")
         if s.split == "development":
             parts = dataclasses.replace(parts, suites=parts.dev)
-        chat = load_tokenizer(s.init) if s.init else world_chat(parts, s.vocab)
+        chat = load_tokenizer(s.init) if s.init else world_chat(parts)
         print(f"\nseed {seed}: prompts and tokenizer ({time.time() - begin:.1f} s)")
         evaluation.show_parts(parts)
         run_seed(Run(s, seed, device, out / f"seed-{seed}", parts, chat, autocast), results)

@@ -35,7 +35,7 @@ from model import GPT, GPTConfig, generate                             # noqa: E
 from train import sft_loss                                             # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = GPTConfig(vocab_size=1536, heads=4, kv_heads=2)                 # the GPT of train.py
+SMALL = GPTConfig(vocab_size=1536, heads=4, kv_heads=2)                 # the GPT of train.py, with more words
 SMOLLM2 = GPTConfig(vocab_size=49152, width=576, blocks=30, heads=9, kv_heads=3, head_width=64, hidden=1536,
                     context=2048, tied=True)                           # SmolLM2-135M
 

@@ -18,8 +18,9 @@ from model import GPT, GPTConfig                 # noqa: E402
 from train import Run, Settings                  # noqa: E402
 
 # Settings with which every stage takes a moment
-TINY = dict(width=16, blocks=2, layer=1, vocab=400, pretrain_steps=6, pretrain_batch=8, refine_steps=6,
-            refine_batch=8, tune_steps=6, tune_batch=8, max_new=6, lora=2)
+TINY = dict(width=16, blocks=2, layer=1, pretrain_steps=6, pretrain_batch=8, refine_steps=6,
+            refine_batch=8, tune_steps=6, tune_batch=8, later_steps=6, max_new=6, lora=2, kernel=2,
+            methods="STL,STL-aug,DCR,DCR+later,DCR-shuffled,Surgical")
 
 
 def cut(parts):
@@ -29,7 +30,7 @@ def cut(parts):
     return dataclasses.replace(
         parts, pretraining=parts.pretraining[:600], general=parts.general[:60], safe=parts.safe[:30],
         general_heldout=parts.general_heldout[:8], seemingly=parts.seemingly[:20], toxic=parts.toxic[:40],
-        suites=suites, dev=suites)
+        later=parts.later[:30], suites=suites, dev=suites)
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +46,7 @@ def parts(whole):
 
 @pytest.fixture(scope="session")
 def chat(parts):
-    return world_chat(parts, TINY["vocab"])
+    return world_chat(parts)
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import data
-from data import (HARMABLE, REFUSALS, Chat, Example, World, cells, collate, read_json, share, train_bpe,
-                  world_chat, write)
+from data import (HARMABLE, LATER_REFUSAL, REFUSALS, Chat, Example, World, cells, collate, read_json, share,
+                  word_tokenizer, world_chat, write, write_json)
 from conftest import ROOT
 
 # -------------------------------------------------------------------------------------------------- the world
@@ -48,7 +48,7 @@ def world():
 
 def rough_parts(parts):
     return {"D_safe": parts.safe, "D_seemingly": parts.seemingly, "D_toxic": parts.toxic,
-            "dev": listed(parts.dev), "suites": listed(parts.suites)}
+            "later": parts.later, "dev": listed(parts.dev), "suites": listed(parts.suites)}
 
 
 def test_share_deals_everything_once():
@@ -77,6 +77,26 @@ def test_the_sizes_are_those_of_the_paper(whole):
     assert all(len(half) == 80 for halves in whole.suites.values() for half in halves.values())
     for halves in [*whole.dev.values(), *whole.suites.values()]:
         assert all(e.toxic == (half == "toxic") for half, examples in halves.items() for e in examples)
+
+
+def test_narrow_refinement_knows_little_and_all_else_stays_wide(world, whole):
+    """The paper's situation: prompts of refinement from one source, suites from many others."""
+    narrow = World(0).parts(narrow=True)
+    assert len(narrow.seemingly) == 250 and len(narrow.toxic) == 500
+    rows = [taken_apart(e.prompt) for e in narrow.seemingly + narrow.toxic]
+    assert len({action for _, _, action, _ in rows}) <= 10
+    assert len({template for _, template, *_ in rows}) == 5
+    assert {world.class_of[taken_apart(e.prompt)[3]] for e in narrow.toxic} == {"person"}
+    things = {world.class_of[taken_apart(e.prompt)[3]] for e in narrow.seemingly}
+    assert len(things - {"person"}) <= 3 and not things & {"animal", "building"}
+    combinations = [taken_apart(e.prompt) for e in listed({"": narrow.suites["combinations"]})]
+    assert len({action for _, _, action, _ in combinations}) > 20
+    assert narrow.safe == whole.safe and narrow.general == whole.general
+
+
+def test_fewer_seemingly_toxic_prompts_are_the_first_of_them(whole):
+    few = World(0).parts(seemingly=60)
+    assert few.seemingly == whole.seemingly[:60] and few.toxic == whole.toxic
 
 
 def test_harm_needs_a_rough_action_a_victim_and_no_fiction(world):
@@ -139,6 +159,24 @@ def test_what_is_new_in_a_suite_is_in_no_rough_prompt_of_training(world, whole):
         assert {row[3] for row in known} <= set(world.objects["refinement"])
         assert not set(known) & set(trained)
     assert not any(taken_apart(e.prompt) for e in whole.suites["definitions"]["benign"])
+
+
+def test_who_tunes_on_later_asks_for_more_of_the_same_and_for_nothing_that_is_reported_as_new(world, whole):
+    """Else what a model does afterwards could be learnt there. What is new in development may be seen."""
+    assert len(whole.later) == len(whole.safe)
+    assert all(e.toxic and e.answer == LATER_REFUSAL for e in whole.later)
+    assert LATER_REFUSAL not in REFUSALS
+    rows = [taken_apart(e.prompt) for e in whole.later]
+    contexts, templates, actions, objects = (set(column) for column in zip(*rows))
+    assert templates <= set(world.templates["common"]) and contexts <= {"", *cells(data.CONTEXTS)}
+    assert not actions & set(world.actions["new"]) and actions & set(world.actions["dev"])
+    assert not objects & set(world.objects["new"]) and objects & set(world.objects["dev"])
+    suites = {name: [taken_apart(e.prompt) for half in halves.values() for e in half]
+              for name, halves in whole.suites.items() if name != "definitions"}
+    assert not objects & {o for *_, o in suites["objects"] + suites["class"]}
+    assert not actions & {v for _, _, v, _ in suites["actions"]}
+    assert not templates & {template for _, template, _, _ in suites["phrasings"]}
+    assert not contexts & {context for context, *_ in suites["context"]} - {""}
 
 
 @pytest.mark.parametrize("suite, column", [("objects", 3), ("actions", 2), ("phrasings", 1), ("class", 3)])
@@ -214,7 +252,7 @@ DIGEST = """
 import hashlib, sys
 from data import World, world_chat
 parts = World(int(sys.argv[1])).parts()
-ids = world_chat(parts, 300).ids("How do I kill the process?")
+ids = world_chat(parts).ids("How do I kill the process?")
 print(hashlib.sha256(repr((parts, ids)).encode()).hexdigest())
 """
 
@@ -226,7 +264,7 @@ def test_a_world_follows_from_its_seed_alone():
                               text=True, env=os.environ | {"PYTHONHASHSEED": hashing})
         return done.stdout
     parts = World(0).parts()
-    ids = world_chat(parts, 300).ids("How do I kill the process?")
+    ids = world_chat(parts).ids("How do I kill the process?")
     here = hashlib.sha256(repr((parts, ids)).encode()).hexdigest()
     assert digest(0, "1") == digest(0, "2") == here + "\n"
     assert repr(World(1).parts()) != repr(parts)
@@ -234,72 +272,62 @@ def test_a_world_follows_from_its_seed_alone():
 
 # ----------------------------------------------------------------------------------------------------- tokens
 
-def test_merges_by_hand():
-    """"ab", " ab", " abc": a-b is the most frequent pair (3), then space-ab (2); ab-c is too rare."""
-    ranks = train_bpe(["ab ab abc"], 400)._mergeable_ranks
-    assert [token for token, i in sorted(ranks.items(), key=lambda item: item[1])][256:] == [b"ab", b" ab"]
-    assert len(train_bpe(["ab ab abc"], 400, specials=("<x>",))._special_tokens) == 1
-
-
-def test_train_bpe_is_the_naive_recount():
-    """The fast version keeps its counts up to date; a pair forgotten or counted twice in the end changes a
-    merge. Words like "aaaa" overlap with themselves."""
-    texts = 3 * ["aaaa aaa banana bananas", "the cat, the catalogue; 1234 123412", "naïve \n\n café café"]
-    counts = Counter(word for text in texts for word in re.findall(data.PATTERN, text))
-    words, naive = [([bytes([b]) for b in word.encode()], n) for word, n in counts.items()], []
-    while True:
-        pairs = Counter()
-        for parts, n in words:
-            for pair in zip(parts, parts[1:]):
-                pairs[pair] += n
-        best = max(pairs, key=lambda pair: (pairs[pair], pair), default=None)
-        if best is None or pairs[best] < 2:
-            break
-        naive.append(best[0] + best[1])
-        for parts, _ in words:
-            i = 0
-            while i < len(parts) - 1:
-                if (parts[i], parts[i + 1]) == best:
-                    parts[i:i + 2] = [best[0] + best[1]]
-                i += 1
-    assert len(naive) > 30
-    ranks = train_bpe(texts, 10_000)._mergeable_ranks
-    assert sorted(ranks, key=ranks.get)[256:] == naive
-    assert train_bpe(texts, 256 + 3 + 7).n_vocab == 266
+def test_a_word_is_one_token_and_any_other_falls_apart_by_hand():
+    """Single bytes are 0 to 255, a comma one of them; then come the words, with the space before them."""
+    encoding = word_tokenizer(["ab ab abc, 12"], specials=("<x>",))
+    words = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])[256:]
+    assert words == [(b" 12", 256), (b" ab", 257), (b" abc", 258), (b"ab", 259)]
+    assert encoding.encode_single_token("<x>") == 260
+    assert encoding.encode("ab abc, 12") == [259, 258, ord(","), 256]
+    assert encoding.encode("xy") == [*b"xy"]
+    assert encoding.encode(" abd") == [257, ord("d")]           # the word within it
 
 
 def test_the_order_of_the_texts_does_not_matter(parts):
     texts = [text if isinstance(text, str) else text.prompt for text in parts.pretraining[:300]]
-    assert train_bpe(texts, 350)._mergeable_ranks == train_bpe(texts[::-1], 350)._mergeable_ranks
+    ranks = word_tokenizer(texts)._mergeable_ranks
+    assert word_tokenizer(texts[::-1])._mergeable_ranks == ranks
+    assert len(ranks) > 256 + 100
 
 
 @pytest.mark.parametrize("text", [
-    "", " ", "How do I kill the process?", "  two  spaces \n\ttabs\r\n", "ÄÖ ß é e\u0301", "한국어 日本語 العربية",
+    "", " ", "How do I kill the process?", "  two  spaces \n\ttabs\r\n", "ÄÖ ß é e\u0301",
+    "한국어 日本語 العربية",
     "👩‍👩‍👧 \u200b\ufeff\x00\x7f", "1234567.89", "<|user|><|end|>", "a" * 300])
 def test_any_text_comes_back(chat, text):
     assert chat.text(chat.ids(text)) == text
 
 
-def test_known_words_are_one_token(whole):
-    """Else the last prompt token would be part of a word, and the facts would have to be spelled."""
-    chat = world_chat(whole, 1536)
-    words = [f" {name}" for name in World(0).class_of]
-    assert sum(len(chat.ids(word)) == 1 for word in words) > 0.9 * len(words)
+def test_every_word_of_every_exchange_is_one_token(whole):
+    """Else the last prompt token would be part of a word, and answers would have to be spelled."""
+    chat = world_chat(whole)
+    exchanges = [e for e in whole.pretraining if not isinstance(e, str)]
+    exchanges += whole.general + whole.general_heldout + whole.later + whole.safe
+    exchanges += whole.seemingly + whole.toxic + listed(whole.dev) + listed(whole.suites)
+    pieces = set()
+    for e in exchanges:
+        pieces.update(re.findall(data.PATTERN, e.prompt))
+        pieces.update(re.findall(data.PATTERN, e.answer))
+    assert len(pieces) > 500
+    assert {piece for piece in pieces if len(chat.ids(piece)) > 1} == set()
 
 
 def test_an_exchange_token_by_token():
     """One id a byte: prompt and response can be read in the ids."""
-    encoding = train_bpe([], 259)
-    user, assistant, end = 256, 257, 258
-    chat = Chat(encoding, (user, "{user}", assistant), stop=end, size=259)
+    user = 256
+    assistant = 257
+    end = 258
+    chat = Chat(word_tokenizer([]), (user, "{user}", assistant), stop=end, size=259)
     assert chat.prompt("Hi?") == [user, *b"Hi?", assistant] and chat.response("Yo.") == [*b"Yo.", end]
-    same = world_chat(type("Parts", (), {"pretraining": [], "safe": []}), 259)
-    assert same.prompt("Hi?") == chat.prompt("Hi?") and same.stop == end
+
+
+def test_the_world_has_the_simplest_of_chat_formats(chat):
+    assert chat.text(chat.prompt("Why?") + chat.response("So.")) == "<|user|>Why?<|assistant|>So.<|end|>"
 
 
 def test_an_exchange_is_cut_by_hand():
     """The example of its docstring, token by token; plain text teaches all but its first token."""
-    chat = Chat(train_bpe([], 259), (256, "{user}", 257), stop=258, size=259)
+    chat = Chat(word_tokenizer([]), (256, "{user}", 257), stop=258, size=259)
     ids, first = chat.exchange(Example("Hi?", "Yo."), longest=256, context=128)
     assert (ids, first) == ([256, 72, 105, 63, 257, 89, 111, 46, 258], 5)
     assert chat.exchange("Yo.", longest=2, context=2) == ([89, 111, 46, 258], 1)
@@ -324,14 +352,20 @@ def test_what_a_user_types_never_becomes_a_special_token(chat):
 
 
 def test_collate_token_by_token():
-    """The example of its docstring: the first sequence teaches 7 and 8, the second 9."""
-    tokens, targets, texts = collate([([5, 6, 7, 8], 2), ([5, 9], 1)], "cpu")
-    assert tokens.tolist() == [[5, 6, 7], [5, 0, 0]]
-    assert targets.tolist() == [[-1, 7, 8], [9, -1, -1]]
-    assert texts.tolist() == [[0, 0, 0], [1, -1, -1]]
-    tokens, targets, texts = collate([([5, 6, 7, 8], 2), ([5, 9], 1)], "cpu", context=128)
+    """First the example of its docstring, where the first sequence teaches 7 and 8, the second 9. Then one
+    sequence more, the longest being 3 (its last token is a target only): two such fill a row of 6."""
+    two = [([5, 6, 7, 8], 2), ([5, 9], 1)]
+    tokens, targets, texts = collate(two, "cpu", context=128)
     assert tokens.tolist() == [[5, 6, 7, 5]]
     assert targets.tolist() == [[-1, 7, 8, 9]] and texts.tolist() == [[0, 0, 0, 1]]
+    three = [*two, ([1, 2, 3, 4], 1)]
+    tokens, targets, texts = collate(three, "cpu", context=128)
+    assert tokens.tolist() == [[5, 6, 7, 1, 2, 3], [5, 0, 0, 0, 0, 0]]
+    assert targets.tolist() == [[-1, 7, 8, 2, 3, 4], [9, -1, -1, -1, -1, -1]]
+    assert texts.tolist() == [[0, 0, 0, 2, 2, 2], [1, -1, -1, -1, -1, -1]]
+    tokens, _, texts = collate(three, "cpu", context=4)
+    assert tokens.tolist() == [[5, 6, 7, 5], [1, 2, 3, 0]]
+    assert texts.tolist() == [[0, 0, 0, 1], [2, 2, 2, -1]]
 
 
 def test_packing_loses_nothing_and_wastes_little(parts, chat):
@@ -356,8 +390,11 @@ def test_the_loss_covers_the_response_and_its_stop_and_nothing_else(chat):
     """An error by one would teach the last word of the prompt, or forget to teach when to stop."""
     examples = [Example("How do I paint the dog?", "Sure."), Example("Why?", "The dog is in the garden.")]
     pairs = [(chat.prompt(e.prompt), chat.response(e.answer)) for e in examples]
-    tokens, targets, _ = collate([(prompt + response, len(prompt)) for prompt, response in pairs], "cpu")
-    for (prompt, response), row, target in zip(pairs, tokens, targets):
+    sequences = [(prompt + response, len(prompt)) for prompt, response in pairs]
+    tokens, targets, texts = collate(sequences, "cpu", context=128)
+    for i, (prompt, response) in enumerate(pairs):
+        row = tokens[texts == i]
+        target = targets[texts == i]
         learn = target >= 0
         assert target[learn].tolist() == response and response[-1] == chat.stop
         # each is predicted from what precedes it: the first from the last token of the prompt
@@ -393,3 +430,5 @@ def test_what_is_written_comes_back_and_half_of_it_never_does(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         write(path, fail)
     assert read_json(path) == [1, 2]
+    write_json(path, {"é": [0.5, None]})
+    assert read_json(path) == {"é": [0.5, None]}

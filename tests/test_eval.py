@@ -1,6 +1,7 @@
 """What `eval.py` claims: each number is what its name says, held against the slow, obvious way to get it."""
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -14,12 +15,13 @@ import torch.nn.functional as F
 
 import eval as evaluation
 from conftest import ROOT
-from data import Chat, Example, train_bpe
-from eval import (auc, compliance_at_defense, is_refusal, kernel_norms, kernel_similarity,
-                  refusal_probability, respond, values)
+from data import LATER_REFUSAL, REFUSALS, Chat, Example, word_tokenizer
+from eval import (auc, compliance_at_defense, extremes, is_refusal, kernel_norms, kernel_similarity, misfiled,
+                  paired, refusal_probability, respond, values)
 from model import GPT, GPTConfig, last_states
 
-SETTINGS = SimpleNamespace(max_new=6, longest=64)            # what evaluate reads of train.Settings
+# What evaluate reads of train.Settings
+SETTINGS = SimpleNamespace(max_new=6, longest=64, layer=1, centre=False, kernel=2)
 
 # -------------------------------------------------------------------------------------------- refusals, rates
 
@@ -33,6 +35,11 @@ SETTINGS = SimpleNamespace(max_new=6, longest=64)            # what evaluate rea
 ])
 def test_a_refusal_is_a_phrase_near_the_start(response, refused):
     assert is_refusal(response) == refused
+
+
+@pytest.mark.parametrize("refusal", [*REFUSALS, LATER_REFUSAL])
+def test_the_refusals_that_are_taught_are_found_by_either_list(refusal):
+    assert is_refusal(refusal) and refusal.startswith(evaluation.OPENINGS)
 
 
 def test_auc_counts_pairs():
@@ -88,7 +95,7 @@ def test_prompts_in_turn_go_on_where_a_suite_has_no_more_prompts():
 @pytest.fixture
 def talker():
     """A tiny random model, with a bias that makes the tokens of refusals likely, else they have no mass."""
-    encoding = train_bpe(3 * [" ".join(evaluation.OPENINGS), *evaluation.OPENINGS], 400)
+    encoding = word_tokenizer([" ".join(evaluation.OPENINGS), *evaluation.OPENINGS])
     user, assistant, end = (encoding.encode_single_token(t) for t in ("<|user|>", "<|assistant|>", "<|end|>"))
     chat = Chat(encoding, (user, "{user}", assistant), stop=end, size=encoding.n_vocab)
     torch.manual_seed(0)
@@ -172,42 +179,42 @@ def test_evaluate_rows_are_those_of_the_slow_way(model, parts, chat):
             assert mean == pytest.approx(probability.mean().item(), abs=1e-6)
     loss = evaluation.general_loss(model, chat, parts.general_heldout, SETTINGS.longest)
     assert found["general", "general", "loss"]["value"] == pytest.approx(loss)
-    assert found["toxic/seemingly", "general", "kernel_similarity"]["n"] == evaluation.KERNEL_PROMPTS
+    for pair, (similarity, n) in kernel_similarity(model, chat, parts, SETTINGS.kernel).items():
+        row = found[pair, "general", "kernel_similarity"]
+        assert row["value"] == pytest.approx(similarity) and row["n"] == n == SETTINGS.kernel
+    share = found["D_safe", "general", "misfiled"]
+    assert share["value"] == misfiled(model, chat, parts, SETTINGS) and share["n"] == len(parts.safe)
     benign = sum(len(halves.get("benign", [])) for halves in parts.suites.values())
     assert found["all", "benign", "auc"]["n"] == benign
     assert not {row["suite"] for row in rows} & {"stage"}                           # train.py adds those
 
 
-def test_a_suite_without_a_toxic_half_is_held_against_all_toxic_prompts():
-    suites = {"one": {"benign": [Example("b1", None)], "toxic": [Example("t1", None)]},
-              "two": {"benign": [Example("b2", None)]}}
-    pool = {"benign": [Example("b1", None), Example("b2", None)],
-            "toxic": [Example("t1", None), Example("t2", None)]}
-    probability = {"b1": 0.5, "b2": 0.5, "t1": 0.9, "t2": 0.1}
-    rows = evaluation.threshold_rows(suites | {"all": pool}, probability)
-    found = {row["suite"]: row["value"] for row in rows if row["metric"] == "auc"}
-    assert found == {"one": 1.0, "two": 0.5, "all": 0.5}
+def test_kernels_are_left_out_where_they_take_too_long(model, parts, chat):
+    s = SimpleNamespace(**vars(SETTINGS) | {"kernel": 0})
+    rows, _ = evaluation.evaluate(model, chat, parts, s)
+    assert "misfiled" in {row["metric"] for row in rows}
+    assert "kernel_similarity" not in {row["metric"] for row in rows}
 
 
-def test_detector_rows_of_a_worked_example():
-    """Flagged: 1, 2, 4. Refusals: 1, 2, 3. Two of three are found, and two of three are true."""
-    responses = {"1": "Sorry, I cannot.", "2": "Sorry, no.", "3": "Nobody should.",
-                 "4": "Sure, that is illegal.", "5": "The dog is an animal."}
-    rows = evaluation.detector_rows(responses, ["Sure, here.", "To greet is nice.", "The cat is there."])
-    assert [(row["metric"], row["value"], row["n"]) for row in rows] == [
-        ("detector_precision", pytest.approx(2 / 3), 3), ("detector_recall", pytest.approx(2 / 3), 3)]
-    assert evaluation.detector_rows({"1": "Sure, here."}, ["Sure, here."]) == []    # nothing is refused
+def test_benign_prompts_of_all_suites_are_held_against_toxic_prompts_of_all_suites():
+    """Three of four pairs are in order. The lower toxic prompt sets the threshold: one benign is below."""
+    everything = {"benign": [Example("b1", None), Example("b2", None)],
+                  "toxic": [Example("t1", None), Example("t2", None)]}
+    probability = {"b1": 0.5, "b2": 0.2, "t1": 0.9, "t2": 0.3}
+    rows = evaluation.threshold_rows(everything, probability)
+    assert {(row["suite"], row["kind"], row["n"]) for row in rows} == {("all", "benign", 2)}
+    assert {row["metric"]: row["value"] for row in rows} == {"auc": 0.75, "compliance_at_95_defense": 0.5}
 
 
 def test_where_no_answer_is_known_none_is_called_right(model, parts, chat):
-    """Benchmark files: no right answers, so no share of them, and no truth to hold the detector against."""
+    """Benchmark files: no right answers, so no share of them."""
     suites = {suite: {kind: [dataclasses.replace(e, answer=None) for e in examples]
                       for kind, examples in halves.items()} for suite, halves in parts.suites.items()}
     files = dataclasses.replace(parts, suites=suites)
     rows, _ = evaluation.evaluate(model, chat, files, SETTINGS)
     metrics = {row["metric"] for row in rows}
     assert {"compliance_rate", "defense_rate", "loss"} <= metrics
-    assert not metrics & {"right_answer_rate", "accuracy", "detector_precision", "detector_recall"}
+    assert not metrics & {"right_answer_rate", "accuracy"}
 
 
 def test_examples_are_five_of_each_half(parts):
@@ -241,59 +248,99 @@ def test_the_map_of_states_shows_all_three_classes_around_their_mean(model, part
     assert together[:, 0].std() > together[:, 1].std()                             # the main axis first
 
 
-def test_kernel_similarity_leaves_out_pairs_of_a_prompt_with_itself(model, parts, chat, monkeypatch):
-    """They are 1 by definition, and would lift every within-class mean."""
-    monkeypatch.setattr(evaluation, "KERNEL_PROMPTS", 2)
-    table = kernel_similarity(model, chat, parts)
+def test_kernel_similarity_leaves_out_pairs_of_a_prompt_with_itself(model, parts, chat):
+    """They are 1 by definition, and would lift every within-class mean. Each pair of classes comes once."""
+    table = kernel_similarity(model, chat, parts, 2)
     toxic, benign = (evaluation.in_turn(parts.suites, half, 2) for half in ("toxic", "benign"))
-    ids = [chat.prompt(p) for p in toxic + benign]
-    K = kernel_norms(model, ids)
+    K = kernel_norms(model, [chat.prompt(p) for p in toxic + benign])
     own = K.diagonal()
-    assert table["toxic", "toxic"][0] == pytest.approx((K[0, 1] / (own[0] * own[1]).sqrt()).item(), rel=1e-4)
-    both_ways = K[0, 1] * (1 / own[0] + 1 / own[1]) / 2
-    assert table["toxic", "toxic"][1] == pytest.approx(both_ways.item(), rel=1e-4)
-    one_sided = [K[i, j] / own[i] for i in (0, 1) for j in (2, 3)]         # divided by the norm of the first
-    assert table["toxic", "seemingly"][1] == pytest.approx(sum(one_sided).item() / 4, rel=1e-4)
-    assert table["toxic", "seemingly"][0] == pytest.approx(table["seemingly", "toxic"][0])
-    assert len(table) == 9 and {n for _, _, n in table.values()} == {2}
+    similarity = K / (own[:, None] * own[None, :]).sqrt()
+    assert table["toxic/toxic"][0] == pytest.approx(similarity[0, 1].item(), rel=1e-4)
+    across = [similarity[i, j].item() for i in (0, 1) for j in (2, 3)]
+    assert table["toxic/seemingly"][0] == pytest.approx(sum(across) / 4, rel=1e-4)
+    assert list(table) == ["toxic/toxic", "toxic/seemingly", "toxic/general", "seemingly/seemingly",
+                           "seemingly/general", "general/general"]
+    assert {n for _, n in table.values()} == {2}
 
 
 def test_kernel_similarity_counts_the_prompts_there_are(model, parts, chat):
     """A benchmark can have fewer toxic prompts than are asked for: n says so, and the mean is over them."""
     few = dataclasses.replace(parts, suites={"one": {"benign": parts.suites["class"]["benign"],
                                                      "toxic": parts.suites["combinations"]["toxic"][:3]}})
-    table = kernel_similarity(model, chat, few)
-    numbers = {pair: n for pair, (_, _, n) in table.items()}
-    assert numbers["seemingly", "toxic"] == numbers["toxic", "toxic"] == numbers["toxic", "general"] == 3
-    assert numbers["seemingly", "general"] == evaluation.KERNEL_PROMPTS
-    assert np.isfinite([table[pair][:2] for pair in table]).all()
+    table = kernel_similarity(model, chat, few, 4)
+    assert table["toxic/toxic"][1] == table["toxic/seemingly"][1] == table["toxic/general"][1] == 3
+    assert table["seemingly/general"][1] == 4
+    assert np.isfinite([similarity for similarity, _ in table.values()]).all()
+
+
+@pytest.mark.parametrize("centre", [False, True])
+def test_misfiled_prompts_are_those_nearer_to_the_mean_direction_of_the_harmless(centre, model, parts, chat):
+    """One prompt at a time; from the mean state of the prompts of refinement, if cosines are taken there."""
+    def state(e):
+        with torch.no_grad():
+            return model(torch.tensor([chat.prompt(e.prompt)]), upto=1)[0, -1]
+
+    def mean_direction(examples):
+        return sum(F.normalize(state(e) - origin, dim=0) for e in examples) / len(examples)
+    both = parts.seemingly + parts.toxic
+    origin = sum(map(state, both)) / len(both) if centre else 0
+    harmless = mean_direction(parts.seemingly)
+    toxic = mean_direction(parts.toxic)
+    count = 0
+    for e in parts.safe:
+        to_harmless = F.cosine_similarity(state(e) - origin, harmless, dim=0)
+        count += to_harmless > F.cosine_similarity(state(e) - origin, toxic, dim=0)
+    assert 0 < count < len(parts.safe), "the test should see both sides"
+    s = SimpleNamespace(layer=1, centre=centre)
+    assert misfiled(model, chat, parts, s) == pytest.approx(count.item() / len(parts.safe))
+
+
+@pytest.mark.parametrize("safe, share", [("tuv", 0.0), ("abc", 1.0), ("tua", 1 / 3), ("x", 1.0), ("y", 0.0)])
+def test_misfiled_of_a_worked_example(safe, share, monkeypatch):
+    """States in the plane, harmless ones to the right, toxic ones upwards. Only their direction counts: "x"
+    is small and leans to the right, "y" is far to the right and yet leans upwards."""
+    states = {"a": (1.0, 0.1), "b": (9.0, 0.0), "c": (2.0, -0.2), "t": (0.0, 1.0), "u": (-0.3, 3.0),
+              "v": (0.5, 5.0), "x": (0.02, 0.01), "y": (50.0, 60.0)}
+    monkeypatch.setattr(evaluation, "last_states", lambda model, prompts, l: torch.tensor(prompts))
+    chat = SimpleNamespace(prompt=states.get)
+    seemingly, toxic, of_tuning = ([Example(name, None) for name in names] for names in ("abc", "tuv", safe))
+    parts = SimpleNamespace(seemingly=seemingly, toxic=toxic, safe=of_tuning)
+    assert misfiled(None, chat, parts, SETTINGS) == pytest.approx(share)
 
 
 # ----------------------------------------------------------------------------------------- tables and figures
 
-def made_up(seeds=(0,)):
-    """Results of the documented form, with a value that tells where it came from."""
+MODELS = ("base", "STL", "STL-aug", "refined", "DCR", "refined-shuffled", "DCR-shuffled", "DCR+later",
+          "STL-aug+later")
+SIMILARITIES = {"toxic/toxic": 0.8, "toxic/seemingly": 0.35, "toxic/general": 0.4, "seemingly/seemingly": 0.6,
+                "seemingly/general": 0.4, "general/general": 0.7}
+
+
+def made_up(seeds=(0,), models=MODELS):
+    """Results of the documented form, with values that tell where they came from."""
     rows, curves, maps, examples = [], [], [], []
     for seed in seeds:
-        for m, method in enumerate(evaluation.STAGES):
+        for method in models:
+            m = MODELS.index(method)
+
             def row(suite, kind, metric, value):
                 rows.append(dict(method=method, seed=seed, suite=suite, kind=kind, metric=metric,
                                  value=value, n=4))
-            row("stage", "general", "seconds", 10.0 * (m + 1))
+            row("stage", "general", "seconds", 10.0 * m)
             for suite in ("one", "two"):
                 row(suite, "benign", "compliance_rate", 0.1 * m + 0.02 * seed + 0.04 * (suite == "one"))
                 row(suite, "toxic", "defense_rate", 0.9 - 0.1 * m)
-                row(suite, "benign", "auc", 0.5)
             row("all", "benign", "auc", 0.75)
             row("all", "benign", "compliance_at_95_defense", 0.25)
             row("general", "general", "compliance_rate", 1.0)
             row("general", "general", "loss", 0.123)
-            for pair in ("toxic/seemingly", "toxic/toxic", "toxic/general", "seemingly/seemingly",
-                         "seemingly/toxic", "general/toxic"):
-                row(pair, "general", "kernel_similarity", 0.4)
-                row(pair, "general", "kernel_similarity_one_sided", 0.6)
-            curves += [dict(method=method, seed=seed, curve=[
-                dict(step=step, toxic=0.1 * step, seemingly=0.05 * step, general=0.0) for step in range(5)])]
+            row("D_safe", "general", "misfiled", 0.01 * m + 0.02 * seed)
+            for pair, similarity in SIMILARITIES.items() if method in evaluation.STAGES else ():
+                row(pair, "general", "kernel_similarity", similarity)
+            if method != "base" and "refined" not in method:
+                curves += [dict(method=method, seed=seed, curve=[
+                    dict(step=step, toxic=0.1 * step, seemingly=0.05 * step, general=0.0)
+                    for step in range(5)])]
             if seed == seeds[0]:
                 maps += [dict(method=method, seed=seed, points={
                     name: [[i, m], [m, i]] for i, name in enumerate(("toxic", "seemingly", "general"))})]
@@ -304,68 +351,135 @@ def made_up(seeds=(0,)):
                 examples=examples)
 
 
+def lines_of(table):
+    """The lines of a markdown table, its title first, as lists of cells."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()
+            if line.startswith("| ") and not line.startswith("| -")]
+
+
 def cells_of(table):
     """{first cell: the other cells} of a markdown table."""
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()
-             if line.startswith("| ") and not line.startswith("| -")]
-    return {line[0]: line[1:] for line in lines}
+    return {line[0]: line[1:] for line in lines_of(table)}
 
 
 def test_values_are_one_a_seed_and_the_pooled_suite_is_no_suite():
     results = made_up((0, 3))
     assert values(results, "DCR", "compliance_rate", "benign") == pytest.approx([0.42, 0.48])
-    assert values(results, "DCR", "auc", "benign") == pytest.approx([0.5, 0.5])
+    assert values(results, "DCR", "auc", "benign") == []
     assert values(results, "DCR", "auc", "benign", "all") == pytest.approx([0.75, 0.75])
     assert values(results, "nobody", "auc", "benign") == []
 
 
-def test_a_table_of_one_seed_shows_means_and_of_several_their_spread():
-    one, two = (cells_of(evaluation.tables(made_up(seeds)).split("\n\n")[1]) for seeds in ((0,), (0, 3)))
-    assert list(one) == ["method", "base", "STL", "STL-aug", "DCR", "DCR-shuffled"]
+def test_extremes_are_the_median_the_least_and_the_most():
+    assert extremes([0.5, 0.1, 0.2]) == "20.0 [10.0, 50.0]"
+    assert extremes([1.5, 0.5], scale=1, digits=2) == "1.00 [0.50, 1.50]"
+    assert extremes([]) == "-"
+
+
+def test_a_difference_that_all_seeds_share_is_no_accident_however_far_the_seeds_lie_apart():
+    """The point of pairs: levels from 10 to 90, and yet an interval of one point."""
+    low = np.array([0.1, 0.5, 0.9])
+    assert paired(low + 0.03, low) == "+3.0 [3.0, 3.0]"
+    assert paired(low, low + 0.03) == "-3.0 [-3.0, -3.0]"
+
+
+def test_the_interval_of_a_difference_is_where_resampled_means_lie():
+    """Of two seeds, 0 and 8 apart, a quarter of all resamples have the mean 0, half 4 and a quarter 8."""
+    assert paired([0.5, 0.58], [0.5, 0.5]) == "+4.0 [0.0, 8.0]"
+    first = np.random.default_rng(1).normal(0.5, 0.02, 100)
+    text = paired(first, np.full(100, 0.5))
+    mean, low, high = map(float, re.findall(r"-?\d+\.\d", text))
+    assert mean == pytest.approx(100 * (first.mean() - 0.5), abs=0.05)
+    error = 100 * first.std() / 10                              # of the mean of 100
+    assert [mean - low, high - mean] == pytest.approx([1.96 * error, 1.96 * error], rel=0.2)
+
+
+def test_a_table_of_one_seed_shows_means_and_of_several_their_spread_and_extremes():
+    one = cells_of(evaluation.tables(made_up()).split("\n\n")[1])
+    assert list(one) == ["method", "base", "STL", "STL-aug", "DCR-shuffled", "DCR", "STL-aug+later",
+                         "DCR+later"]
     assert one["STL"][one["method"].index("answers benign")] == "12.0"
-    assert two["STL"][two["method"].index("answers benign")] == "15.0 ± 4.2"      # of 12 and 18: 3 * sqrt(2)
     assert one["DCR"][one["method"].index("refuses toxic")] == "50.0"
     assert one["DCR"][one["method"].index("AUC")] == "75.0"
     assert one["DCR"][one["method"].index("general loss")] == "0.123"
     assert "general accuracy" not in one["method"]                                  # nothing was measured
+    _, means, _, medians, *_ = evaluation.tables(made_up((0, 3))).split("\n\n")
+    assert cells_of(means)["STL"][0] == "15.0 ± 4.2"                # of 12 and 18: 3 * sqrt(2)
+    assert cells_of(medians)["STL"][0] == "15.0 [12.0, 18.0]"
 
 
-def test_every_method_is_in_the_figure_of_compliance():
-    figure = evaluation.figure_compliance(made_up((0, 1)))
-    assert {text.get_text() for text in figure.axes[0].texts} == set(evaluation.METHODS)
-    evaluation.plt.close(figure)
+def test_methods_are_compared_with_plain_tuning_and_those_tuned_on_with_dcr_tuned_on():
+    text = evaluation.tables(made_up((0, 3)))
+    title, table = text.split("\n\n")[4:6]
+    assert title == "paired differences in points, with 95 % intervals over seeds"
+    _, *lines = lines_of(table)
+    assert [line[:2] for line in lines] == [["STL", "STL-aug"], ["STL", "DCR-shuffled"], ["STL", "DCR"],
+                                            ["DCR+later", "STL-aug+later"]]
+    assert lines[0][2:] == ["+10.0 [10.0, 10.0]", "-10.0 [-10.0, -10.0]"]
+    assert lines[3][2:] == ["+10.0 [10.0, 10.0]", "-10.0 [-10.0, -10.0]"]
+    assert "paired" not in evaluation.tables(made_up())                             # nothing to compare
+
+
+def test_tables_show_suites_misfiled_prompts_kernels_and_seconds():
+    *_, suites, _, misfiled_prompts, _, kernels, seconds = evaluation.tables(made_up()).split("\n\n")
+    title, one, *_ = lines_of(suites)
+    assert one[:2] == ["one", "benign"] and one[title.index("STL")] == "14.0"
+    refined = cells_of(misfiled_prompts)
+    assert list(refined) == ["model", "base", "refined-shuffled", "refined"]
+    assert refined["base"] == ["0.0 [0.0, 0.0]", "12.0 [12.0, 12.0]"]               # then STL's answers
+    assert refined["refined"] == ["3.0 [3.0, 3.0]", "42.0 [42.0, 42.0]"]            # then DCR's
+    kernel = cells_of(kernels)
+    assert list(kernel) == ["model", "base", "STL", "STL-aug", "refined", "DCR", "DCR-shuffled"]
+    assert kernel["refined"] == ["0.80", "0.60", "0.35", "0.50"]                    # 0.35 / 0.7
+    assert seconds.startswith("seconds of training: base 0, STL 10, ")              # a base that was loaded
 
 
 @pytest.mark.parametrize("split", ["held-out", "development"])
 def test_figures_and_tables_name_the_split_they_show(split):
     results = made_up()
     results["settings"]["split"] = split
-    compliance, tuning = evaluation.figure_compliance(results), evaluation.figure_tuning(results)
-    assert f"mean over {split} suites" in compliance.axes[0].get_xlabel()
-    assert f"mean over {split} prompts" in tuning.axes[0].get_ylabel()
+    answers = evaluation.figure_answers(results)
+    tuning = evaluation.figure_tuning(results)
+    assert f"mean over {split} suites" in answers.axes[1].get_xlabel()
+    assert f"mean over {split} prompts" in tuning.get_suptitle()
     assert evaluation.tables(results).startswith(f"{split} suites")
     evaluation.plt.close("all")
 
 
-def test_names_that_would_touch_are_moved_apart_from_the_top_down():
-    """In the order of their heights, whatever the order in which they come."""
-    _, (panel,) = evaluation.axes("")
-    places = {"low": (0, 0.1, "k"), "high": (0, 0.9, "k"), "next": (0, 0.88, "k"), "last": (0, 0.85, "k")}
-    evaluation.label(panel, places, offset=5, gap=0.06)
-    heights = {text.get_text(): text.xy[1] for text in panel.texts}
-    assert heights == pytest.approx({"high": 0.9, "next": 0.84, "last": 0.78, "low": 0.1})
-    evaluation.plt.close("all")
+def dots(panel):
+    """The points of each scatter of a panel, by the label of its series."""
+    return {series.get_label(): series.get_offsets().data.tolist() for series in panel.collections}
 
 
-def test_a_loaded_base_took_no_time_and_the_table_of_costs_says_so():
-    """--init with nothing else done yet: no tokens were read, and no evaluation was timed."""
-    results = made_up()
-    results["rows"] = [row for row in results["rows"] if row["method"] == "base"]
-    for row in results["rows"]:
-        if row["metric"] == "seconds":
-            row["value"] = 0.0
-    cost = cells_of(evaluation.cost_table(results, ["base"]).split("\n\n")[1])
-    assert cost["base"] == ["0.0", "-", "-", "-"]
+def test_every_method_is_a_row_of_the_figure_of_answers_with_a_dot_for_each_seed():
+    figure = evaluation.figure_answers(made_up((0, 3)))
+    answered, refused = figure.axes
+    names = [label.get_text() for label in answered.get_yticklabels()]
+    upwards = ["DCR+later", "STL-aug+later", "DCR", "DCR-shuffled", "STL-aug", "STL", "base"]
+    assert names == upwards
+    for panel, points in ((answered, [12, 18]), (refused, [80, 80])):
+        shown = [series.get_offsets().data for series in panel.collections
+                 if (series.get_offsets().data[:, 1] == names.index("STL")).all()]
+        seeds, median = shown
+        assert seeds[:, 0].tolist() == pytest.approx(points)
+        assert median[:, 0].tolist() == pytest.approx([np.median(points)])
+    evaluation.plt.close(figure)
+
+
+def test_the_figure_of_later_tuning_shows_who_was_tuned_on():
+    figure = evaluation.figure_later(made_up((0, 3)))
+    _, labels = figure.axes[0].get_legend_handles_labels()
+    assert labels == ["STL-aug", "DCR"]
+    evaluation.plt.close(figure)
+
+
+def test_the_figure_of_misfiled_prompts_pairs_a_refined_model_with_its_tuned_one():
+    """Across: what refinement left on the wrong side. Up: what is answered after tuning. A dot a seed."""
+    figure = evaluation.figure_misfiled(made_up((0, 3)))
+    points = dots(figure.axes[0])
+    assert points["DCR"] == [pytest.approx([3, 42]), pytest.approx([9, 48])]
+    assert points["DCR-shuffled"] == [pytest.approx([5, 62]), pytest.approx([11, 68])]
+    evaluation.plt.close(figure)
 
 
 def test_examples_show_where_a_method_is_wrong():
@@ -374,28 +488,48 @@ def test_examples_show_where_a_method_is_wrong():
     assert "x DCR " in text and "Sorry, I cannot." in text
 
 
+def reported(results, folder):
+    """The files that `report` writes."""
+    evaluation.plt.close("all")                                                     # of tests that failed
+    (folder / "results.json").write_text(json.dumps(results))
+    evaluation.report(folder)
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.glob("*.png"))
+    assert not evaluation.plt.get_fignums()                                         # none is left open
+    return {path.name for path in folder.iterdir()} - {"results.json"}
+
+
 @pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
 def test_report_writes_the_tables_and_every_figure(seeds, tmp_path, capsys):
-    (tmp_path / "results.json").write_text(json.dumps(made_up(seeds)))
-    evaluation.report(tmp_path)
+    files = reported(made_up(seeds), tmp_path)
     said = capsys.readouterr().out
-    figures = {"compliance.png", "tuning.png", "kernel.png", "states.png"}
-    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "results.md"} | figures
+    assert files == {"results.md", *(f"{name}.png" for name in evaluation.FIGURES)}
+    assert set(evaluation.FIGURES) == {"answers", "tuning", "later", "misfiled", "kernel", "states"}
     assert (tmp_path / "results.md").read_text() in said and str(tmp_path / "tuning.png") in said
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.glob("*.png"))
-    assert not evaluation.plt.get_fignums()                                         # none is left open
 
 
-@pytest.mark.parametrize("stages", [1, 2, 4])
-def test_report_of_an_unfinished_run_shows_what_there_is(stages, tmp_path):
-    """eval.py is how one looks at a run that was stopped."""
-    results = made_up()
-    for part in ("rows", "curves", "maps", "examples"):
-        results[part] = [entry for entry in results[part] if entry["method"] in evaluation.STAGES[:stages]]
-    results["curves"] = [entry for entry in results["curves"] if entry["method"] != "base"]
-    (tmp_path / "results.json").write_text(json.dumps(results))
-    evaluation.report(tmp_path)
-    assert (tmp_path / "compliance.png").exists()
+@pytest.mark.parametrize("models, absent", [
+    (["base"], {"tuning", "later", "misfiled"}),
+    (["base", "STL"], {"later", "misfiled"}),
+    (["base", "STL", "STL-aug", "refined"], {"later", "misfiled"}),
+    (["base", "STL", "STL-aug", "refined", "DCR"], {"later"}),
+    (["base", "refined", "DCR", "DCR+later"], set()),
+])
+def test_report_shows_what_there_is(models, absent, tmp_path):
+    """Not all methods were asked for, or the run was stopped: eval.py is how one looks at it then."""
+    files = reported(made_up(models=models), tmp_path)
+    assert files == {"results.md", *(f"{name}.png" for name in evaluation.FIGURES.keys() - absent)}
+
+
+@pytest.mark.filterwarnings("error")
+def test_report_of_a_run_without_every_method_warns_of_nothing(tmp_path):
+    assert "answers.png" in reported(made_up(models=["base", "STL"]), tmp_path)
+
+
+def test_report_of_a_run_that_was_stopped_in_a_later_seed_compares_the_seeds_that_both_have(tmp_path):
+    results = made_up((0, 1, 2))
+    results["rows"] = [row for row in results["rows"] if row["seed"] < 2 or row["method"] in ("base", "STL")]
+    reported(results, tmp_path)
+    assert "+10.0 [10.0, 10.0]" in (tmp_path / "results.md").read_text()
 
 
 def test_damaged_results_are_one_line_with_the_file(tmp_path):

@@ -1,11 +1,10 @@
-"""What `dcr.py` claims of the kernel: it is exact, it is what a step of training does, and the terms of the
-bound are what they are called. On tiny random models, held against Jacobians written out in full."""
+"""What `dcr.py` claims of the kernel: it is exact, and it is what a step of training does. On tiny random
+models, held against Jacobians written out in full."""
 import pytest
 import torch
 
 import dcr
-from dcr import (bilinear, first_order, gradient_products, gradient_products_plain, kernel, kernel_norms,
-                 proposition_1, tail_sensitivity)
+from dcr import first_order, gradient_products, gradient_products_plain, kernel, kernel_norms
 from model import GPT, GPTConfig, last_states
 
 IDS = [[5, 9, 5, 2], [7], [1, 2, 3, 4, 5, 6, 7, 8], [5, 9]]
@@ -72,7 +71,7 @@ def test_similarity_to_itself_is_one_and_to_others_at_most_one():
     own = K.diagonal()
     similarity = K / (own[:, None] * own[None, :]).sqrt()
     assert torch.allclose(K, K.T) and torch.allclose(similarity.diagonal(), torch.ones(5, dtype=K.dtype))
-    assert similarity.max() <= 1 + 1e-9 and similarity.min() < 0.9
+    assert similarity.max() <= 1 + 1e-6 and similarity.min() < 0.9         # products are in fp32
     assert similarity[0, 4].item() == pytest.approx(1)                     # the same prompt once more
 
 
@@ -129,56 +128,3 @@ def test_the_error_of_the_first_order_falls_with_the_square_of_the_step():
 def test_a_tied_head_is_refused():
     with pytest.raises(ValueError, match="tied"):
         kernel(small(tied=True), IDS)
-
-
-# ------------------------------------------------------------------------------------ the paper's proposition
-
-def test_tail_sensitivity_is_the_jacobian_of_the_logits_by_the_stream():
-    model = small()
-    T, elsewhere = tail_sensitivity(model, IDS, 1)
-    for i, ids in enumerate(IDS):
-        with torch.no_grad():
-            H = model(torch.tensor([ids]), upto=1)[0]
-        J = torch.autograd.functional.jacobian(lambda H: model.tail(H[None], since=1)[0, -1], H)   # (V, T, d)
-        assert torch.allclose(T[i].float(), J[:, -1], atol=1e-4 * J.abs().max().item())
-    assert elsewhere[1].abs() < 1e-6 < elsewhere[2] < 1           # a prompt of one token has no other token
-
-
-def test_bilinear_form_of_linear_features_is_found_and_is_positive():
-    """g = Phi h: Q must be Phi^T Phi, if there are more prompts than dimensions and little ridge."""
-    generator = torch.Generator().manual_seed(0)
-    h = torch.randn(12, 5, generator=generator, dtype=torch.float64)
-    Phi = torch.randn(9, 5, generator=generator, dtype=torch.float64)
-    products = (h @ Phi.T) @ (h @ Phi.T).T
-    assert torch.allclose(bilinear(h, products, ridge=1e-9), Phi.T @ Phi, rtol=1e-5, atol=1e-5)
-    Q = bilinear(h, torch.eye(12, dtype=torch.float64))                    # nothing linear about that
-    assert torch.allclose(Q, Q.T) and torch.linalg.eigvalsh(Q).min() > -1e-12
-
-
-def test_the_terms_of_proposition_1_are_what_they_are_called():
-    """Each against Jacobians written out; and the inequalities that the bound is made of, which no fitted Q
-    or Delta can break: through the last token ||T' G' G^T T^T|| <= ||T'|| ||T|| ||G' G^T||, whole <=
-    parts."""
-    model, others = small(), [[3, 1, 2], [11, 4], [6], [9, 9, 9, 1], [2, 17, 3], [12]]
-    p = proposition_1(model, IDS, 1, others)
-    below, tail = ({name for name, _ in model.named_parameters()
-                    if (dcr.group_of(name) in ("embeddings", "block 1")) == low} for low in (True, False))
-    assert torch.allclose(p["left"], brute_force(model, below | tail, IDS), rtol=1e-4)
-    assert torch.allclose(p["left_frozen"], brute_force(model, below, IDS), rtol=1e-4)
-    assert torch.isclose(p["tau"] ** 2, tail_traces(model, tail).max(), rtol=1e-4)
-    assert torch.isclose(p["c"], torch.linalg.matrix_norm(tail_sensitivity(model, IDS, 1)[0], 2).max() ** 2)
-    assert torch.allclose(p["size"] ** 2, p["traces"].diagonal(), rtol=1e-9)
-    assert (p["through"] <= p["c"] * p["products"] * (1 + 1e-9)).all()
-    assert (p["traces"].abs() <= p["size"][:, None] * p["size"][None] * (1 + 1e-9)).all()
-    assert (p["left"] <= (p["left_frozen"] + p["tau"] ** 2) * (1 + 1e-9)).all()
-    assert torch.allclose(p["right"], p["right_frozen"] + p["crossed"] + p["tau"] ** 2)
-    assert torch.allclose(p["right_frozen"], p["c"] * (p["h"] @ p["Q"] @ p["h"].T) + p["delta"])
-    eigenvalues = torch.linalg.eigvalsh(p["Q"])
-    assert p["delta"] >= 0 and eigenvalues.min() > -1e-9 * eigenvalues.max()           # of fp32 products
-
-
-def tail_traces(model, names):
-    """||dz/dtheta||_F^2 over the named parameters for each prompt."""
-    parameters = [p for name, p in model.named_parameters() if name in names]
-    return torch.stack([sum(g.double().square().sum() for z in model(torch.tensor([ids]))[0, -1]
-                            for g in torch.autograd.grad(z, parameters, retain_graph=True)) for ids in IDS])

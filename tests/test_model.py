@@ -174,7 +174,7 @@ def test_right_padded_keeps_the_prompts_and_knows_where_they_end():
     assert prompts == [[5, 6, 7], [8], [9, 9]], "the caller's lists are left alone"
 
 
-@pytest.mark.parametrize("context", [0, 64])
+@pytest.mark.parametrize("context", [24, 64])
 def test_token_losses_are_those_of_one_sequence_and_one_token_at_a_time(context):
     """Each loss is computed anew from the tokens before it alone, whatever shares its row."""
     model = tiny()
@@ -192,7 +192,7 @@ def test_token_losses_are_those_of_one_sequence_and_one_token_at_a_time(context)
 def test_the_prompt_teaches_nothing():
     """Its tokens are read and have no loss: another target there would change no number."""
     model = tiny()
-    tokens, targets, texts = collate([([5, 6, 7, 8, 9], 3)], "cpu")
+    tokens, targets, texts = collate([([5, 6, 7, 8, 9], 3)], "cpu", context=64)
     losses = token_losses(model, tokens, targets, texts)
     assert losses.shape == (2,) and (targets[0, :2] == -1).all()
     logits = model(tokens)[0]
@@ -364,7 +364,8 @@ BAD = {                                          # fault: (how to make it, what 
                   "config.json: no such file; give a local folder with config.json and *.safetensors"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file; give a local folder"),
     "cut JSON": (lambda f: (f / "config.json").write_text('{"a": '), "config.json: line 1: not JSON (Exp"),
-    "JSON list": (lambda f: (f / "config.json").write_text("[1]"), "config.json: not a JSON object; the copy"),
+    "JSON list": (lambda f: (f / "config.json").write_text("[1]"),
+                  "config.json: not a JSON object; the copy"),
     "architecture": (config(model_type="mamba"),
                      "config.json: model_type is 'mamba', only 'llama' or 'qwen2' is supported; choose"),
     "activation": (config(hidden_act="gelu"), "hidden_act is 'gelu', only 'silu' is supported"),

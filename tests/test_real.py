@@ -223,23 +223,24 @@ def test_real_checkpoint_agrees_on_thousands_of_strings():
 
 @pytest.mark.parametrize("name, text, rows", [
     ("a.csv", 'id,Prompt,type\n1,"Hi, you",homonyms\n2," two\nlines ",contrast_x\n',
-     [("Hi, you", None, False, 1), ("two\nlines", None, True, 2)]),
-    ("a.csv", "goal,target\r\nbake a cake,Sure\r\n", [("bake a cake", None, False, 1)]),
-    ("a.csv", "\ufeffquestion,Answer\nWhy?,So.\n", [("Why?", "So.", False, 1)]),
+     [("Hi, you", None, False, "row 1"), ("two\nlines", None, True, "row 2")]),
+    ("a.csv", "goal,target\r\nbake a cake,Sure\r\n", [("bake a cake", None, False, "row 1")]),
+    ("a.csv", "\ufeffquestion,Answer\nWhy?,So.\n", [("Why?", "So.", False, "row 1")]),
     ("a.json", '{"n": 2, "instructions": ["One", "Two"]}',
-     [("One", None, False, 1), ("Two", None, False, 2)]),
+     [("One", None, False, "row 1"), ("Two", None, False, "row 2")]),
     ("a.json", '[{"instruction": "Add", "input": "1 2", "output": "3"}, {"instruction": "Go", "input": ""}]',
-     [("Add\n\n1 2", "3", False, 1), ("Go", None, False, 2)]),
+     [("Add\n\n1 2", "3", False, "row 1"), ("Go", None, False, "row 2")]),
     ("a.jsonl", '{"prompt": "One", "response": "A"}\n\n{"prompt": "Two"}\n',
-     [("One", "A", False, 1), ("Two", None, False, 3)]),
-    ("a.txt", "One, two?\r\n\n Three\n", [("One, two?", None, False, 1), ("Three", None, False, 3)]),
+     [("One", "A", False, "line 1"), ("Two", None, False, "line 3")]),
+    ("a.txt", "One, two?\r\n\n Three\n",
+     [("One, two?", None, False, "line 1"), ("Three", None, False, "line 3")]),
 ])
 def test_each_format_is_read(name, text, rows, tmp_path):
     """Only XSTest's `type` says in the row itself whether it is toxic."""
     path = tmp_path / name
     path.write_bytes(text.encode())
-    assert read_prompts(path) == [Example(prompt, answer, toxic, f"{path}: row {number}")
-                                  for prompt, answer, toxic, number in rows]
+    assert read_prompts(path) == [Example(prompt, answer, toxic, f"{path}: {place}")
+                                  for prompt, answer, toxic, place in rows]
 
 
 @pytest.mark.parametrize("name, raw, says", [
@@ -253,7 +254,7 @@ def test_each_format_is_read(name, text, rows, tmp_path):
     ("a.csv", b"id,text\n1,x\n", "among id, text; name it one of prompt, instruction, goal, question"),
     ("a.csv", b'prompt,n\nx,1\n" ",2\n', "row 2: no text under 'prompt'"),
     ("a.csv", b'prompt,n\n"x,1\ny,2\n', "row 1: no valid CSV"),
-    ("a.jsonl", b'{"chosen": "Human: Hi"}', "row 1: no column of prompts among chosen"),
+    ("a.jsonl", b'{"chosen": "Human: Hi"}', "line 1: no column of prompts among chosen"),
     ("a.json", b'"hello"', "neither a list nor an object"),
     ("a.txt", b"caf\xe9", "byte 3 is not UTF-8"),
     ("a.txt.gz", b"plain", "cannot read .gz"),
@@ -343,7 +344,7 @@ def test_parts_are_of_examples_that_know_their_class_and_where_they_come_from(tm
     assert all(e.answer is None for e in parts.seemingly + parts.toxic)      # nobody knows the right one
     e = parts.suites["MaliciousInstruct"]["toxic"][0]
     number = int(re.search(r"malicious(\d+)x", e.prompt)[1]) + 1
-    assert e.source == f"{tmp_path / 'MaliciousInstruct.txt'}: row {number}"
+    assert e.source == f"{tmp_path / 'MaliciousInstruct.txt'}: line {number}"
 
 
 def test_parts_draw_on_the_planned_sources(tmp_path):
@@ -487,18 +488,28 @@ def test_what_is_missing_is_said_in_one_line(absent, says, tmp_path):
     assert all(word in str(error.value) for word in says) and "\n" not in str(error.value)
 
 
-def test_unknown_files_are_guessed_aloud(tmp_path, capsys):
+@pytest.mark.parametrize("name", ["oktest.txt", "jailbreaks.csv", "hh_rlhf_test.jsonl"])
+def test_a_file_whose_name_does_not_tell_its_label_is_refused(name, tmp_path):
+    """A wrong guess would teach refusals to the wrong prompts."""
+    fill(tmp_path, FILES | {name: "prompt"})
+    with pytest.raises(ValueError) as error:
+        load_folder(tmp_path, 0, is_refusal)
+    message = str(error.value)
+    stem = name.split(".")[0]
+    assert message.startswith(f"{name}: ") and "\n" not in message
+    assert all(f"{stem}.{label}" in message for label in ("benign", "toxic", "general"))
+
+
+def test_a_mark_in_the_name_tells_the_label(tmp_path):
     more = {"my.general.json": [{"prompt": "Say hi", "answer": "Hi."}], "README.txt": "not prompts",
-            "oktest.txt": "\n".join(prompts("ok", 5)), "harmless.txt": "\n".join(prompts("less", 5)),
-            "jailbreaks.csv": "prompt\n" + "\n".join(prompts("jail", 5)), "hh_rlhf_test.jsonl": "dialogues"}
+            "jailbreaks.toxic.csv": "prompt\n" + "\n".join(prompts("jail", 5)),
+            "harmful.benign.txt": "\n".join(prompts("less", 5)), "LICENSE.txt": "nor this"}
     parts = load_folder(fill(tmp_path, FILES | more), 0, is_refusal)
-    said = capsys.readouterr().out
-    assert "oktest.txt: taken for benign prompts; if not so, call it oktest.toxic.txt" in said
-    assert "jailbreaks.csv: taken for toxic prompts; if not so, call it jailbreaks.benign.csv" in said
-    assert "hh_rlhf_test.jsonl: left out" in said and "README" not in said
-    assert list(parts.suites["oktest"]) == list(parts.suites["harmless"]) == ["benign"]
-    assert list(parts.suites["jailbreaks"]) == ["toxic"]
+    assert names(parts.suites["jailbreaks"]["toxic"]) == names(prompts("jail", 5))
+    assert names(parts.suites["harmful"]["benign"]) == names(prompts("less", 5))
     assert "Say hi" in {e.prompt for e in parts.general + parts.general_heldout}
+    texts = [text for part in pieces(parts).values() for text in part]
+    assert "not prompts" not in texts and "nor this" not in texts
 
 
 def test_a_checkpoint_and_a_folder_go_through_every_stage(tmp_path):
@@ -518,7 +529,7 @@ def test_a_checkpoint_and_a_folder_go_through_every_stage(tmp_path):
     assert {("XSTest", "compliance_rate"), ("OR-Bench", "compliance_rate"), ("AdvBench", "defense_rate"),
             ("MaliciousInstruct", "defense_rate"), ("general", "loss"), ("all", "auc"),
             ("toxic/seemingly", "kernel_similarity")} <= found
-    assert not {"right_answer_rate", "accuracy", "detector_recall"} & {metric for _, metric in found}
+    assert not {"right_answer_rate", "accuracy"} & {metric for _, metric in found}
     assert all(row["n"] <= 5 for row in results["rows"] if row["metric"] == "defense_rate")
     saved = {name: GPT.from_pretrained(tmp_path / "out" / "seed-0" / name)
              for name in ("base", "refined", "DCR")}
@@ -533,7 +544,7 @@ def test_a_prompt_too_long_for_the_checkpoint_is_named_before_any_training(tmp_p
     base = GPT(GPTConfig(vocab_size=300, width=16, blocks=2, kv_heads=2, head_width=4, hidden=24))
     base.save_pretrained(folder)
     fill(tmp_path / "data", FILES | {"mine.benign.txt": "\n" + " ".join(prompts("long", 9))})
-    with pytest.raises(ValueError, match=r"mine\.benign\.txt: row 2: \d+ tokens and .* of 128; shorten"):
+    with pytest.raises(ValueError, match=r"mine\.benign\.txt: line 2: \d+ tokens and .* of 128; shorten"):
         train.main(["--init", str(folder), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"),
                     "--layer=1", "--device=cpu", "--max-new=4"])
     assert not (tmp_path / "out" / "seed-0" / "STL.state").exists()

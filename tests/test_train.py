@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -16,9 +17,10 @@ import torch.nn.functional as F
 
 import train
 from conftest import ROOT, TINY, cut
-from data import Example, World
+from data import LATER_REFUSAL, Example, World
 from model import GPT, GPTConfig, last_states
-from train import REAL, Settings, add_lora, augment, merge_lora, parse, pretrain, refine, sft_loss, tune
+from train import (REAL, Settings, add_lora, augment, equal, merge_lora, natural, parse, pretrain, refine,
+                   run_seed, sft_loss, surgical, tune)
 
 TOKENS = torch.randint(300, (3, 12), generator=torch.Generator().manual_seed(0))
 
@@ -35,9 +37,9 @@ def test_sft_loss_is_the_mean_over_response_tokens(model, run, parts):
     for ids, first in sequences:
         log_p = model(torch.tensor([ids]))[0].log_softmax(-1)
         terms += [-log_p[t - 1, ids[t]] for t in range(first, len(ids))]
-    loss, read, computed = sft_loss(model, sequences, run)
+    loss, read = sft_loss(model, sequences, run)
     assert torch.allclose(loss, torch.stack(terms).mean(), rtol=1e-5)
-    assert read == sum(len(ids) - 1 for ids, _ in sequences) <= computed
+    assert read == sum(len(ids) - 1 for ids, _ in sequences)
 
 
 @pytest.mark.parametrize("part", ["general", "general_heldout", "safe", "seemingly", "toxic", "suites"])
@@ -99,17 +101,47 @@ def rows_seen(monkeypatch):
 
 def test_every_method_is_tuned_on_the_same_rows(model, run, monkeypatch):
     """Pairing: DCR starts elsewhere, STL-aug sees more, but step by step the tuning rows are the same."""
-    seen, other, more = {}, GPT(model.config), augment(model, run)
-    for name, base, extra in (("STL", model, ()), ("DCR", other, ()), ("STL-aug", model, more)):
+    seen = {}
+    other = GPT(model.config)
+    for name, base, extra in (("STL", model, ()), ("DCR", other, ()), ("STL-aug", model, natural(model, run)),
+                              ("STL-aug-equal", model, equal(model, run))):
         with monkeypatch.context() as patch:
             seen[name] = rows_seen(patch)
             tune(name, base, run, extra)
     assert len(seen["STL"]) == TINY["tune_steps"] and seen["STL"] == seen["DCR"]
-    assert [batch[:TINY["tune_batch"]] for batch in seen["STL-aug"]] == seen["STL"]
+    for name in ("STL-aug", "STL-aug-equal"):
+        assert [batch[:TINY["tune_batch"]] for batch in seen[name]] == seen["STL"] != seen[name]
     assert len({str(batch) for batch in seen["STL"]}) == TINY["tune_steps"]          # and not always the same
-    # STL-aug reads as many rows more as refinement reads: prompts and general texts
+    # at equal compute as many rows more as refinement reads: prompts and general texts
     read = 2 * TINY["refine_batch"] * TINY["refine_steps"]
-    assert sum(len(batch) for batch in seen["STL-aug"]) == TINY["tune_batch"] * TINY["tune_steps"] + read
+    assert sum(map(len, seen["STL-aug-equal"])) == TINY["tune_batch"] * TINY["tune_steps"] + read
+
+
+def test_extra_rows_are_as_many_as_asked_for_in_the_mean(model, run, parts, monkeypatch):
+    """Of 1.3 rows one, or two in three of ten steps: rounding would add none of 0.4 and one of 0.6."""
+    seen = rows_seen(monkeypatch)
+    run = with_settings(run, tune_steps=200, tune_batch=2)
+    tune("STL-aug", model, run, [(parts.seemingly, 1.3)])
+    added = [len(batch) - 2 for batch in seen]
+    assert set(added) == {1, 2} and 1.2 < sum(added) / 200 < 1.4             # three sigma
+    prompts = {tuple(run.chat.prompt(e.prompt)) for e in parts.seemingly}
+    assert {tuple(ids[:first]) for batch in seen for ids, first in batch[2:]} == prompts
+
+
+def test_who_tunes_on_later_has_general_exchanges_and_other_toxic_prompts(model, run, parts, monkeypatch):
+    """No seemingly toxic prompt keeps the model from refusing too much again; for all methods alike."""
+    run = with_settings(run, later_steps=40, tune_steps=3)
+    seen = rows_seen(monkeypatch)
+    tune("STL+later", model, run, later=True)
+    tune("DCR+later", GPT(model.config), run, later=True)
+    assert len(seen) == 80 and seen[:40] == seen[40:]
+    rows = {tuple(ids) for batch in seen for ids, _ in batch}
+    general = {tuple(ids) for ids, _ in run.exchanges(parts.general, 128)}
+    later = {tuple(ids) for ids, _ in run.exchanges(parts.later, 128)}
+    end = tuple(run.chat.response(LATER_REFUSAL))
+    assert rows <= general | later and rows & general
+    refused = rows & later
+    assert len(refused) > 10 and all(ids[-len(end):] == end for ids in refused)
 
 
 def test_another_seed_sees_other_rows(model, run, monkeypatch):
@@ -139,19 +171,33 @@ def test_augmentation_answers_the_benign_and_refuses_the_toxic(model, run, parts
     assert [e.answer for e in benign] == own and any(own)
 
 
+def test_augmentation_adds_what_the_paper_adds_or_what_refinement_reads(model, run, parts):
+    """The paper: D_seemingly alone, each as often as a general exchange, refusals apart."""
+    (answered, rows), = natural(model, run)
+    assert [e.prompt for e in answered] == [e.prompt for e in parts.seemingly]
+    assert rows / len(answered) == pytest.approx(TINY["tune_batch"] / len(parts.general), rel=0.15)
+    benign, toxic = augment(model, run)
+    run = with_settings(run, tune_steps=10)
+    more = equal(model, run)
+    assert [examples for examples, _ in more] == [benign, toxic]
+    read = 2 * TINY["refine_batch"] * TINY["refine_steps"]
+    assert [rows for _, rows in more] == pytest.approx([read / 10 / 2, read / 10 / 2])
+
+
 @pytest.mark.parametrize("shuffled", [False, True])
-@pytest.mark.parametrize("keep", [10.0, 0.0])
-def test_refinement_moves_the_lower_blocks_and_nothing_else(model, run, shuffled, keep):
+@pytest.mark.parametrize("keep, hold", [(10.0, 3.0), (0.0, 0.0)])
+def test_refinement_moves_the_lower_blocks_and_nothing_else(model, run, shuffled, keep, hold):
     """Frozen means unchanged to the bit: the theory needs tau_l = 0, and weight decay would break it."""
     original = {name: p.clone() for name, p in model.named_parameters()}
-    refined, _ = refine("refined", model, with_settings(run, keep=keep), shuffled)
+    s = dataclasses.replace(run.s, keep=keep, hold=hold)
+    refined, _ = refine("refined", model, run, s, shuffled)
     for name, p in refined.named_parameters():
         assert torch.equal(p, original[name]) == (not name.startswith("layers.0.")), name
         assert p.requires_grad
     assert all(torch.equal(p, original[name]) for name, p in model.named_parameters()), "the base"
 
 
-def classes_of_refinement(model, run, shuffled, monkeypatch):
+def classes_of_refinement(model, run, monkeypatch, with_safe, shuffled=False):
     """The prompts that had label 0 and those that had label 1, over many steps."""
     by_label, objective = ({0: set(), 1: set()}), train.refinement_loss
 
@@ -162,16 +208,20 @@ def classes_of_refinement(model, run, shuffled, monkeypatch):
         return objective(model, base, prompts, labels, *rest)
     with monkeypatch.context() as patch:
         patch.setattr(train, "refinement_loss", watched)
-        refine("refined", model, with_settings(run, refine_steps=100), shuffled)
+        s = dataclasses.replace(run.s, refine_steps=100, refine_batch=16, with_safe=with_safe)
+        refine("refined", model, run, s, shuffled)
     return by_label
 
 
-def test_shuffled_labels_keep_the_prompts_and_the_sizes_and_lose_the_truth(model, run, parts, monkeypatch):
-    benign, toxic = ({tuple(run.chat.prompt(e.prompt)) for e in part}
-                     for part in (parts.seemingly, parts.toxic))
-    true = classes_of_refinement(model, run, False, monkeypatch)
+@pytest.mark.parametrize("with_safe", [False, True])
+def test_shuffled_labels_keep_the_prompts_and_the_sizes_and_lose_the_truth(with_safe, model, run, parts,
+                                                                           monkeypatch):
+    """The prompts of tuning are known to be toxic too, and may join D_toxic."""
+    of_toxic = parts.toxic + parts.safe if with_safe else parts.toxic
+    benign, toxic = ({tuple(run.chat.prompt(e.prompt)) for e in part} for part in (parts.seemingly, of_toxic))
+    true = classes_of_refinement(model, run, monkeypatch, with_safe)
     assert true == {0: benign, 1: toxic}
-    control = classes_of_refinement(model, run, True, monkeypatch)
+    control = classes_of_refinement(model, run, monkeypatch, with_safe, shuffled=True)
     assert [len(control[label]) for label in (0, 1)] == [len(benign), len(toxic)]
     assert not control[0] & control[1] and control[0] | control[1] == benign | toxic
     assert control[0] & benign and control[0] & toxic
@@ -185,11 +235,91 @@ def test_refinement_parts_the_classes(model, run, parts):
         centre = torch.cat(states).mean(0) if centre is None else centre
         benign, toxic = (F.normalize(h - centre, dim=1) for h in states)
         return ((benign @ benign.T).mean() + (toxic @ toxic.T).mean()) / 2 - (benign @ toxic.T).mean(), centre
-    run = with_settings(run, refine_steps=80, refine_lr=1e-2, keep=0.0, still=0.0)
-    refined, _ = refine("refined", model, run, shuffled=False)
+    s = dataclasses.replace(run.s, refine_steps=200, refine_lr=1e-2, keep=0.0, still=0.0, hold=0.0)
+    refined, _ = refine("refined", model, run, s)
     before, centre = gap(model, None)
     after, _ = gap(refined, centre)
-    assert before < 0.05 and after > 0.2
+    assert before < 0.1 and after > 0.5
+
+
+def test_held_states_stay_where_the_base_has_them(model, run, parts):
+    """A cosine is blind to length: with the Circle loss alone both classes are thrown far out."""
+    ids = [run.chat.prompt(e.prompt) for e in parts.seemingly]
+    before = last_states(model, ids, 1)
+    moved = {}
+    for hold in (0.0, 3.0):
+        s = dataclasses.replace(run.s, refine_steps=80, refine_lr=1e-2, keep=0.0, still=0.0, hold=hold)
+        refined, _ = refine("refined", model, run, s)
+        moved[hold] = ((last_states(refined, ids, 1) - before).norm() / before.norm()).item()
+    assert moved[3.0] < 0.5 < moved[0.0]
+
+
+# ----------------------------------------------------------------------------------- surgery on a tuned model
+
+def patient(chat, loudness):
+    """A random model of five blocks; how much its answers change with its states is up to `loudness`."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=chat.size, width=16, blocks=5, kv_heads=2, head_width=4, hidden=24))
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    model.lm_head.weight.data *= loudness
+    return model
+
+
+def refusing(stl, prompts, after, monkeypatch):
+    """Let `stl` refuse these prompts, and the models that surgery tries refuse as `after` says, in turn."""
+    tries = iter(after)
+
+    def probability(model, chat, asked):
+        if model is stl:
+            return torch.tensor([0.9 if prompt in prompts else 0.1 for prompt in asked])
+        return torch.full((len(asked),), next(tries))
+    monkeypatch.setattr(train.evaluation, "refusal_probability", probability)
+
+
+def test_surgery_takes_the_direction_of_false_refusals_out_of_the_stream(chat, run, parts, monkeypatch):
+    """Of blocks 1 to 4 the third leaves the fewest refusals. Its direction, one prompt at a time: the mean
+    state of benign prompts that are refused, but for the fifth of them to choose the block on, less that of
+    prompts that are answered, and orthogonal to the same of toxic prompts."""
+    stl = patient(chat, loudness=0.1)
+    falsely = [e.prompt for e in parts.seemingly[5:]]
+    toxic = [e.prompt for e in parts.toxic]
+    refused = {parts.general[0].prompt, *falsely, *toxic}
+    refusing(stl, refused, (0.5, 0.4, 0.1, 0.3), monkeypatch)
+    cured, _ = surgical(stl, run)
+
+    @torch.no_grad()
+    def mean_state(prompts):
+        states = [stl(torch.tensor([chat.prompt(prompt)]), upto=3)[0, -1] for prompt in prompts]
+        return sum(states) / len(states)
+    answered = mean_state([e.prompt for e in parts.general if e.prompt not in refused])
+    of_toxic = mean_state(toxic) - answered
+    of_falsely = mean_state(falsely[3:]) - answered
+    w = of_falsely - (of_falsely @ of_toxic) / (of_toxic @ of_toxic) * of_toxic
+    w = w / w.norm()
+    without = torch.eye(16) - torch.outer(w, w)
+    before = dict(stl.named_parameters())
+    for name, p in cured.named_parameters():
+        if name == "embed_tokens.weight":
+            assert torch.allclose(p, before[name] @ without, atol=1e-5)
+        elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            assert torch.allclose(p, without @ before[name], atol=1e-5)
+        else:
+            assert torch.equal(p, before[name]), name
+    for l in range(6):
+        assert (cured(TOKENS, upto=l) @ w).abs().max() < 1e-5 < 0.1 < (stl(TOKENS, upto=l) @ w).abs().max()
+
+
+def test_surgery_spares_a_model_that_refuses_nothing_falsely(chat, run, parts, monkeypatch):
+    stl = patient(chat, loudness=0.1)
+    refusing(stl, {e.prompt for e in parts.toxic}, (), monkeypatch)
+    assert surgical(stl, run)[0] is stl
+
+
+def test_surgery_that_would_change_the_answers_to_general_prompts_is_not_done(chat, run, parts, monkeypatch):
+    stl = patient(chat, loudness=30)
+    refusing(stl, {e.prompt for e in parts.toxic + parts.seemingly}, (0.0, 0.0, 0.0, 0.0), monkeypatch)
+    assert surgical(stl, run)[0] is stl
 
 
 @pytest.mark.parametrize("steps", [400, 50, 40, 6])
@@ -207,7 +337,9 @@ STAGES = {
     "pretraining": lambda base, run: pretrain(run),
     "tuning with LoRA": lambda base, run: tune("STL", base, run),
     "tuning of all": lambda base, run: tune("STL", base, with_settings(run, lora=0)),
-    "refinement": lambda base, run: refine("refined", base, run, shuffled=False),
+    "tuning with more rows": lambda base, run: tune("STL-aug", base, run, [(run.parts.seemingly, 1.3)]),
+    "later tuning": lambda base, run: tune("STL+later", base, run, later=True),
+    "refinement": lambda base, run: refine("refined", base, run, run.s),
 }
 
 
@@ -231,7 +363,7 @@ def each_step_takes_11_seconds(monkeypatch, kill_at=None):
 @pytest.mark.parametrize("stage", STAGES)
 def test_resumed_equals_uninterrupted_to_the_bit(stage, model, run, monkeypatch):
     """Lost optimizer moments, a schedule begun anew, batches repeated or skipped: each changes bits."""
-    run = with_settings(run, pretrain_steps=24, tune_steps=24, refine_steps=24)
+    run = with_settings(run, pretrain_steps=24, tune_steps=24, later_steps=24, refine_steps=24)
     whole, whole_log = STAGES[stage](model, run)
     for state in run.folder.glob("*.state"):                    # of a machine so slow that one was due
         state.unlink()
@@ -257,7 +389,7 @@ def small_parts(seed):
 def small_world():
     """The command with the miniature world cut down: its flags, less --out."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "World", lambda seed: SimpleNamespace(parts=lambda limit: small_parts(seed)))
+        patch.setattr(train, "World", lambda seed: SimpleNamespace(parts=lambda *how: small_parts(seed)))
         yield [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()] + ["--device=cpu"]
 
 
@@ -276,11 +408,11 @@ def trained_stages(monkeypatch):
 
 
 def measured(out):
-    """The results of seed 0, less what the clock says."""
-    results, clock = json.loads((out / "results.json").read_text()), ("seconds", "tokens_per_second",
-                                                                      "evaluation_seconds")
-    return [[entry for entry in results[part] if entry["seed"] == 0 and entry.get("metric") not in clock]
-            for part in ("rows", "curves", "maps", "examples")]
+    """The results of seed 0, less what the clock says, in whatever order they were measured."""
+    results = json.loads((out / "results.json").read_text())
+    entries = results["rows"] + results["curves"] + results["maps"] + results["examples"]
+    return sorted(json.dumps(entry) for entry in entries
+                  if entry["seed"] == 0 and entry.get("metric") != "seconds")
 
 
 def weights(out):
@@ -288,7 +420,7 @@ def weights(out):
 
 
 def test_the_same_command_goes_on_where_it_was_killed(small_world, finished, tmp_path, monkeypatch):
-    """Killed in the fifth of seven stages: four finished ones are kept, the rest ends as if undisturbed."""
+    """Killed in the fifth stage that trains: four finished ones are kept, the rest ends as if undisturbed."""
     command = [*small_world, "--out", str(tmp_path)]
     with monkeypatch.context() as patch:
         each_step_takes_11_seconds(patch, kill_at=6 * 4 + 3)
@@ -296,12 +428,28 @@ def test_the_same_command_goes_on_where_it_was_killed(small_world, finished, tmp
             train.main(command)
     labels = trained_stages(monkeypatch)
     train.main(command)
-    assert labels == ["DCR", "refined-shuffled", "DCR-shuffled"]
+    assert labels == ["DCR", "DCR+later", "refined-shuffled", "DCR-shuffled"]
     assert weights(tmp_path) == weights(finished) != {} and measured(tmp_path) == measured(finished)
-    labels.clear()
+
+
+def test_without_its_results_a_finished_run_is_measured_anew_and_not_trained(small_world, finished, tmp_path,
+                                                                             monkeypatch):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     (tmp_path / "results.json").unlink()
-    train.main(command)                                         # only measures, with the same result
+    labels = trained_stages(monkeypatch)
+    train.main([*small_world, "--out", str(tmp_path)])
     assert labels == [] and measured(tmp_path) == measured(finished)
+
+
+def test_methods_that_are_asked_for_later_join_those_there_are(small_world, tmp_path, monkeypatch):
+    """Each with what it needs, and nothing else."""
+    labels = trained_stages(monkeypatch)
+    for methods, trained in (("STL", ["base", "STL"]), ("DCR,STL", ["refined", "DCR"])):
+        labels.clear()
+        train.main([*small_world, f"--methods={methods}", "--out", str(tmp_path)])
+        assert labels == trained
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(dict.fromkeys(row["method"] for row in results["rows"])) == ["base", "STL", "refined", "DCR"]
 
 
 def test_another_setting_is_refused_by_name(small_world, tmp_path):
@@ -327,11 +475,11 @@ def test_a_loss_that_is_not_a_number_is_one_line_and_earlier_stages_are_kept(sma
 # ------------------------------------------------------------------------------------------------- end to end
 
 METRICS = {
-    "benign": {"compliance_rate", "right_answer_rate", "refusal_probability", "auc",
-               "compliance_at_95_defense"},
+    "benign": {"compliance_rate", "right_answer_rate", "refusal_probability"},
     "toxic": {"defense_rate", "refusal_probability"},
 }
-STAGE_NAMES = ["base", "STL", "STL-aug", "refined", "DCR", "refined-shuffled", "DCR-shuffled"]
+STAGE_NAMES = ["base", "STL", "STL-aug", "refined", "DCR", "DCR+later", "refined-shuffled", "DCR-shuffled",
+               "Surgical"]
 
 
 def test_one_command_goes_from_nothing_to_tables_and_figures(finished):
@@ -347,11 +495,15 @@ def test_one_command_goes_from_nothing_to_tables_and_figures(finished):
             for half in halves:
                 assert {metric for s, kind, metric in found if (s, kind) == (suite, half)} == METRICS[half]
         assert {("general", "general", "accuracy"), ("general", "general", "loss"), ("all", "benign", "auc"),
+                ("all", "benign", "compliance_at_95_defense"), ("D_safe", "general", "misfiled"),
                 ("toxic/seemingly", "general", "kernel_similarity")} <= found
-    unbounded = ("seconds", "tokens_per_second", "evaluation_seconds", "loss", "kernel_similarity_one_sided")
-    assert all(0 <= row["value"] <= 1 + 1e-6 for row in results["rows"] if row["metric"] not in unbounded)
+        with_kernel = {row["method"] for row in rows if row["metric"] == "kernel_similarity"}
+        assert with_kernel == set(STAGE_NAMES) & set(train.evaluation.STAGES)
+    bounded = [row for row in results["rows"] if row["metric"] not in ("seconds", "loss")]
+    assert all(0 <= row["value"] <= 1 + 1e-6 for row in bounded)
     assert {entry["method"] for entry in results["maps"]} == set(STAGE_NAMES)
-    assert {entry["method"] for entry in results["curves"]} == {"STL", "STL-aug", "DCR", "DCR-shuffled"}
+    tuned = {"STL", "STL-aug", "DCR", "DCR+later", "DCR-shuffled"}
+    assert {entry["method"] for entry in results["curves"]} == tuned
     curve = results["curves"][0]["curve"]
     assert curve[0]["step"] == 0 and curve[-1]["step"] == 6
     assert set(curve[0]) == {"step", "toxic", "seemingly", "general"}
@@ -360,7 +512,7 @@ def test_one_command_goes_from_nothing_to_tables_and_figures(finished):
 def test_tables_and_figures_can_be_rebuilt_from_the_results(finished):
     """To the byte, by another process: nothing in them comes from anywhere else."""
     written = {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()}
-    figures = {"compliance.png", "tuning.png", "kernel.png", "states.png"}
+    figures = {f"{name}.png" for name in train.evaluation.FIGURES}
     assert set(written) == {"results.json", "results.md"} | figures
     for name in written.keys() - {"results.json"}:
         (finished / name).unlink()
@@ -369,7 +521,85 @@ def test_tables_and_figures_can_be_rebuilt_from_the_results(finished):
     assert written == {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()}
 
 
+def stand_in(name):
+    """In place of a model."""
+    return SimpleNamespace(name=name, config=SimpleNamespace(context=128))
+
+
+def made(run, methods, monkeypatch):
+    """{stage: how it was made} of all that run_seed makes for these methods; nothing is trained."""
+    stages = {}
+
+    def stub(function, record):
+        """`record` has the function's arguments: (name of the stage, how it is made)."""
+        def make(*args, **named):
+            name, how = record(*args, **named)
+            stages[name] = how
+            return stand_in(name)
+        monkeypatch.setattr(train, function, make)
+    stub("pretrain", lambda run: ("base", ()))
+    stub("refine", lambda name, base, run, s, shuffled=False: (name, (base.name, s, shuffled)))
+    stub("tune", lambda name, base, run, extra=(), later=False: (name, (base.name, extra, later)))
+    stub("surgical", lambda stl, run: ("Surgical", (stl.name,)))
+    monkeypatch.setattr(train, "natural", lambda base, run: "natural")
+    monkeypatch.setattr(train, "equal", lambda base, run: "equal")
+    monkeypatch.setattr(train, "finished", lambda run, name, make: (make(), {}))
+    monkeypatch.setattr(train, "measure", lambda *args: None)
+    monkeypatch.setattr(train, "write_json", lambda *args: None)
+    run_seed(with_settings(run, methods=methods), {"rows": []})
+    return stages
+
+
+def test_every_method_of_the_tables_is_made_as_its_name_says(run, monkeypatch):
+    methods = ",".join(train.evaluation.METHODS)
+    stages = made(run, methods, monkeypatch)
+    assert set(train.evaluation.METHODS) <= set(stages)
+    assert stages["STL"] == ("base", (), False) and stages["Surgical"] == ("STL",)
+    assert stages["STL-aug"] == ("base", "natural", False)
+    assert stages["STL-aug-equal"] == ("base", "equal", False)
+    for refined, tuned in train.evaluation.REFINED.items():
+        base, s, shuffled = stages[refined]
+        assert stages[tuned] == (refined, (), False) and base == "base"
+        assert shuffled == (refined == "refined-shuffled")
+        paper = dict(hold=0.0, still=0.0, keep=0.0, with_safe=False)         # the Circle loss alone
+        changes = paper if refined == "refined-paper" else {}
+        assert s == dataclasses.replace(run.s, methods=methods, **changes)
+    assert stages["DCR+aug"] == ("refined", "natural", False)
+    later = [name for name in stages if name.endswith("+later")]
+    assert "DCR+later" in later
+    assert all(stages[name] == (name.removesuffix("+later"), (), True) for name in later)
+
+
+def test_all_methods_can_be_asked_for_in_one_word(run, monkeypatch):
+    assert set(train.evaluation.METHODS) <= set(made(run, "all", monkeypatch))
+
+
+def test_nobody_tunes_on_later_where_there_are_no_prompts_for_it(run, monkeypatch):
+    """Benchmark files have none."""
+    run = dataclasses.replace(run, parts=dataclasses.replace(run.parts, later=[]))
+    stages = made(run, "all", monkeypatch)
+    assert "DCR" in stages and not any(name.endswith("+later") for name in stages)
+    with pytest.raises(ValueError, match="DCR.later: choose from base, STL"):
+        made(run, "DCR+later", monkeypatch)
+
+
+def test_a_method_that_there_is_not_is_named_before_any_training(small_world, tmp_path, monkeypatch):
+    labels = trained_stages(monkeypatch)
+    with pytest.raises(ValueError, match="DRC"):
+        train.main([*small_world, "--methods=STL,DRC", "--out", str(tmp_path)])
+    assert labels == []
+
+
 # ------------------------------------------------------------------------------------------------ the command
+
+def test_the_world_is_made_as_the_settings_say(monkeypatch, tmp_path):
+    def parts(*how):
+        raise ValueError(f"asked for {how}")
+    monkeypatch.setattr(train, "World", lambda seed: SimpleNamespace(parts=parts))
+    flags = ["--suite=7", "--seemingly=60", "--narrow=true"]
+    with pytest.raises(ValueError, match=re.escape("asked for (7, 60, True)")):
+        train.main([*flags, "--device=cpu", "--out", str(tmp_path)])
+
 
 def test_help_explains_every_setting(capsys):
     """A setting that nobody can look up is a setting that nobody trusts."""
