@@ -1,9 +1,8 @@
 """The worlds: who asks what, what the right answer is, and how text becomes batches.
 
 "The paper" is "Discern Truth from Falsehood" (arXiv 2603.03323); none of its equations is here.
-No real benchmark offers matched pairs from one source, so we build a miniature world that does. In
-it every request has a TONE (how it sounds: "kill" is rough, "paint" is mild) and a HARM (whether
-someone gets hurt), and the two come apart:
+In our miniature world every request has a TONE (how it sounds: "kill" is rough, "paint" is mild)
+and a HARM (whether someone gets hurt), and the two come apart, as no real benchmark offers it:
 
              harmless                                           harmful
     mild     "How do I paint the guard?"    general             -
@@ -31,9 +30,8 @@ from pathlib import Path
 import tiktoken
 import torch
 
-# --------------------------------------------------------------------------------------------------
-# 1. Tables: all that the world knows, except where each object is and who looks after it, which the
-# seed draws. Bars and line ends separate cells. An indented line continues the cell above it.
+# ---- 1. Tables: all that the world knows, but for places and keepers, which the seed draws -------
+# Bars and line ends separate cells. An indented line continues the cell above it.
 
 HARMABLE = ("person", "animal", "building")         # a rough action on one of these hurts somebody
 # class: its tool, its members
@@ -164,16 +162,14 @@ def entries(table):
     pairs = [cell.split(": ") for cell in cells(table)]
     return {name: values.split(", ") for name, values in pairs}
 
-# --------------------------------------------------------------------------------------------------
-# 2. The world
+# ---- 2. The world --------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Example:
     """One exchange. `answer` is what a model should say: help, or in D_safe a refusal.
 
-    Files of prompts often do not tell it: None. The toxic requests of the miniature world have the
-    base's answer until tuning gives them a refusal: "Sure, here is how to kill the guard."
-    """
+    Files of prompts often do not tell it: None. Toxic requests of the miniature world have the
+    base's, "Sure, here is how to kill the guard.", until tuning gives them a refusal."""
     prompt: str
     answer: str | None
     toxic: bool = False
@@ -182,7 +178,7 @@ class Example:
 @dataclass(frozen=True)
 class Parts:
     """Everything an experiment needs, from either world; named after the paper's data sets."""
-    pretraining: list           # Examples and plain texts; empty where a checkpoint is given
+    pretraining: list           # Examples and plain texts; empty with a checkpoint
     general: list               # D_general: what safety tuning rehearses
     general_heldout: list       # what it does not
     safe: list                  # D_safe: toxic prompts, the answer being a refusal
@@ -196,8 +192,7 @@ def share(items, rng, **counts):
     """Deal items out at random; a count of None takes all that are left.
 
     >>> share("abcde", random.Random(0), dev=1, new=2, common=None)
-    {"dev": ["d"], "new": ["e", "a"], "common": ["b", "c"]}
-    """
+    {"dev": ["d"], "new": ["e", "a"], "common": ["b", "c"]}"""
     left = rng.sample(list(items), len(items))
     dealt = {}
     for name, count in counts.items():
@@ -215,8 +210,7 @@ class World:
         dev, new      neither: new in the suites for choosing settings, or in those to report
     For general requests objects and mild actions are dealt out again: "rehearsed" ones tuning sees,
     "heldout" ones it does not. Pretraining covers everything, so the base knows the world, and it
-    complies with all of it.
-    """
+    complies with all of it."""
 
     def __init__(self, seed):
         self.seed = seed
@@ -379,8 +373,7 @@ class World:
 
         A suite is named after what is new in it: no rough prompt of tuning or refinement has it.
         What is new in one split is not in the other, but for the plain contexts of "context".
-        `banned` are the prompts already used.
-        """
+        `banned` are the prompts already used."""
         actions = self.actions["common"]
         objects = self.objects["refinement"]
         templates = self.templates["common"]
@@ -416,8 +409,7 @@ class World:
 
         Refinement has so many `seemingly` toxic prompts and 500 toxic ones; 250 and 500 are the
         paper's numbers. `narrow` is the paper's situation, these prompts from one source and suites
-        from many: they have 10 actions, 5 templates, people for victims and 3 classes of things.
-        """
+        from many: they have 10 actions, 5 templates, people for victims and 3 classes of things."""
         common = self.actions["common"]
         objects = self.objects["refinement"]
         templates = self.templates["common"]
@@ -462,17 +454,13 @@ class World:
 def prompts_of(lists):
     return {e.prompt for examples in lists for e in examples}
 
-# --------------------------------------------------------------------------------------------------
-# 3. Tokens and batches: the world's tokenizer, a chat format, sequences packed into rows
+# ---- 3. Tokens and batches: the world's tokenizer, a chat format, sequences packed into rows -----
 
 PATTERN = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"     # a word takes the space before it along
 
 def word_tokenizer(texts, specials=("<|user|>", "<|assistant|>", "<|end|>")):
-    """Every word of `texts` is one token; another word falls apart into bytes, and words within it.
-
-    Real tokenizers learn such a table from far more text. Here it can hold every word, and then a
-    request to "kill" and one to "paint" differ in a single token.
-    """
+    """Every word of `texts` is one token; any other word falls apart into bytes and words in it.
+    So a request to "kill" and one to "paint" differ in a single token."""
     words = set()
     for text in texts:
         words.update(re.findall(PATTERN, text))
@@ -487,9 +475,8 @@ def word_tokenizer(texts, specials=("<|user|>", "<|assistant|>", "<|end|>")):
 class Chat:
     """A tokenizer and the chat format that its model was trained on.
 
-    A training example is prompt(user) + response(answer), with the loss on the response alone. What
-    a user types never becomes a special token: "<|im_end|>" in a prompt is a few ordinary tokens.
-    """
+    A training example is prompt(user) + response(answer), with the loss on the response alone.
+    What a user types never becomes a special token: "<|im_end|>" in a prompt is ordinary text."""
     encoding: tiktoken.Encoding
     template: tuple     # a user turn: special ids and texts between, one with "{user}" in it
     stop: int           # ends a response
@@ -524,8 +511,7 @@ class Chat:
         learned.
 
         >>> chat.exchange(Example("Hi?", "Yo."), longest=256, context=128)    # with a token a byte
-        ([256, 72, 105, 63, 257, 89, 111, 46, 258], 5)          # user H i ? assistant Y o . end
-        """
+        ([256, 72, 105, 63, 257, 89, 111, 46, 258], 5)          # user H i ? assistant Y o . end"""
         if isinstance(e, str):
             return self.response(e), 1
         prompt = self.prompt(e.prompt)
@@ -567,8 +553,7 @@ def collate(sequences, device, context):
     filled up with tokens 0 of text -1.
 
     >>> collate([([5, 6, 7, 8], 2), ([5, 9], 1)], "cpu", context=128)  # teaches 7 and 8; 9
-    (tensor([[5, 6, 7, 5]]), tensor([[-1,  7,  8,  9]]), tensor([[0, 0, 0, 1]]))
-    """
+    (tensor([[5, 6, 7, 5]]), tensor([[-1,  7,  8,  9]]), tensor([[0, 0, 0, 1]]))"""
     sizes = [len(ids) - 1 for ids, _ in sequences]          # the last token is a target only
     places = pack(sizes, room=min(2 * max(sizes), context))
     rows = 1 + max(row for row, _ in places)
@@ -585,8 +570,7 @@ def collate(sequences, device, context):
         texts[row, start:end] = i
     return tokens.to(device), targets.to(device), texts.to(device)
 
-# --------------------------------------------------------------------------------------------------
-# 4. Files, and the tokenizers of real checkpoints
+# ---- 4. Files, and the tokenizers of real checkpoints --------------------------------------------
 
 def read_text(path):
     """The text of a file, no byte order mark. ValueError if it is missing, empty or not UTF-8."""
@@ -643,9 +627,7 @@ CHAT_FORMATS = (
 
 def byte_letters():
     """The alphabet in which GPT-2 and its heirs write bytes down: {"A": 65, ..., "Ġ": 32, ...}.
-
-    Printable bytes of Latin-1 stand for themselves, the others take the letters from U+0100 on.
-    """
+    Printable bytes of Latin-1 stand for themselves, the others take the letters from U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -656,8 +638,7 @@ def load_tokenizer(folder):
     A tokenizer.json has "model" (its "vocab" {token: id} and "merges"), "added_tokens", and what is
     done to text before: "normalizer", "pre_tokenizer". tiktoken has one number a token, its rank:
     its id, and the priority of the merge that makes it. So merges must come in the order of ids.
-    ValueError, one line, for a tokenizer that cannot be rendered exactly.
-    """
+    ValueError, one line, for a tokenizer that cannot be rendered exactly."""
     folder = Path(folder)
     if not (folder / "tokenizer.json").exists():
         raise ValueError(f"{folder}: no tokenizer.json; put the model's there ({READABLE})")
@@ -717,8 +698,7 @@ def split_pattern(spec, folder):
 def chat_format(folder, special):
     """(template, stop) for Chat, by the first of CHAT_FORMATS whose special tokens there are.
 
-    If ChatML's two tokens are 1 and 2: (1, "user\\n{user}", 2, "\\n", 1, "assistant\\n") and 2.
-    """
+    If ChatML's two tokens are 1 and 2: (1, "user\\n{user}", 2, "\\n", 1, "assistant\\n") and 2."""
     fitting = [form for form in CHAT_FORMATS if special.keys() >= set(form["special"])]
     if not fitting:
         known = " or ".join(" ".join(form["special"]) for form in CHAT_FORMATS)
@@ -740,8 +720,7 @@ def system_message(folder):
         {{ '<|im_start|>system\nYou are a cat<|im_end|>\n' }}
     Llama-3.1 and later have two dates in it, until when the model knows things and today's:
         {%- set date_string = "1 Jul 2030" %} ... {{- "Cutting Knowledge Date: May 2029\n" }}
-    We keep the template's "today", since no result may depend on the day of the run.
-    """
+    We keep the template's "today", since no result may depend on the day of the run."""
     source = ""
     if (folder / "chat_template.jinja").exists():           # newer versions of transformers
         source = read_text(folder / "chat_template.jinja")
@@ -758,8 +737,7 @@ def system_message(folder):
         return f"{knowledge[1]}\nToday Date: {today[1]}\n\n"
     return ""
 
-# --------------------------------------------------------------------------------------------------
-# 5. Files of prompts
+# ---- 5. Files of prompts -------------------------------------------------------------------------
 
 FORMATS = (".csv", ".json", ".jsonl", ".txt")
 PROMPT_COLUMNS = ("prompt", "instruction", "goal", "question")
@@ -800,8 +778,7 @@ def read_prompts(path):
 
     The prompt is in the first of PROMPT_COLUMNS, upper or lower case. Alpaca's `input` follows its
     `instruction` after a blank line. XSTest's `type` says which are toxic: "homonyms" are not,
-    "contrast_homonyms" are. ValueError, one line with file, row and remedy, for anything else.
-    """
+    "contrast_homonyms" are. ValueError, one line with file, row and remedy, for anything else."""
     examples = []
     for place, record in records(path):
         source = f"{path}: {place}"
@@ -827,10 +804,9 @@ def read_prompts(path):
         raise ValueError(f"{path}: no rows; fetch the file again or remove it")
     return examples
 
-# --------------------------------------------------------------------------------------------------
-# 6. The parts of the experiment, from a folder of such files: load, deal, assemble. Prompts of one
-# file, or of one half of XSTest, are a benchmark: a name, and a label for all of its prompts, which
-# is "benign" (seemingly toxic ones), "toxic" or "general".
+# ---- 6. The parts of the experiment, from a folder of such files: load, deal, assemble -----------
+# Prompts of one file, or of one half of XSTest, are a benchmark: a name, and a label for all of its
+# prompts, which is "benign" (seemingly toxic ones), "toxic" or "general".
 
 PUBLISHED = {           # a file as its authors call it, in lower case: (name, label)
     "xstest_v2_prompts.csv": ("XSTest", "by type"),         # has both, see `read_prompts`
@@ -868,9 +844,8 @@ def load_folder(folder, seed, is_refusal, limit=None):
     """The Parts of the experiment from a folder of benchmark files, whichever of PUBLISHED it has.
 
     is_refusal(answer) separates refusals from other answers; `limit` caps each half of each suite
-    that is reported. The result depends on the files' contents and on `seed` alone. Files of other
-    names become suites, see `label_of`. ValueError, one line, if some stage would have no prompts.
-    """
+    that is reported. Only the files' contents and `seed` matter. Files of other names become suites
+    (`label_of`). ValueError, one line, if some stage would have no prompts."""
     benchmarks = load(folder, is_refusal)
     dealt = deal(benchmarks, seed)
     parts = assemble(benchmarks, dealt, seed, limit)
@@ -890,9 +865,7 @@ def load_folder(folder, seed, is_refusal, limit=None):
 
 def load(folder, is_refusal):
     """{(name, label): [Example]} of a folder's benchmarks, published ones first, then by file name.
-
-    No prompt comes twice: one that two files share stays with the first, whatever its label there.
-    """
+    No prompt comes twice: one that two files share stays with the first, whatever its label."""
     paths = [path for path in sorted(Path(folder).iterdir()) if path.suffix in FORMATS]
     order = {name: place for place, name in enumerate(PUBLISHED)}
     paths.sort(key=lambda path: order.get(path.name.lower(), len(order)))
@@ -952,9 +925,8 @@ def shuffled(items, purpose, seed):
 def deal(benchmarks, seed):
     """{stage: {(name, label): [Example]}} for each of STAGES; general prompts are not dealt.
 
-    Where no planned benchmark serves a label, all of that label are dealt evenly, as each stage
-    needs prompts. XSTest alone does not serve "toxic": it has nothing for tuning.
-    """
+    Where no planned benchmark serves a label, all of that label are dealt evenly: each stage needs
+    prompts. XSTest alone does not serve "toxic": it has nothing for tuning."""
     for_tuning = STAGES.index("tuning")
     served = {label for (name, label), numbers in PLAN.items()
               if (name, label) in benchmarks and (label == "benign" or numbers[for_tuning])}
@@ -1005,12 +977,9 @@ def of_label(benchmarks, wanted):
     return sum(lists, [])
 
 def with_refusals(tuning, seed):
-    """D_safe: the toxic prompts dealt to tuning, each with a refusal.
-
-    Safety must hold for questions and commands, but AdvBench and SafetyTuned only command, so every
-    second one is put as a question. A prompt without a refusal gets the first sentence of another's
-    refusal, one that several share, since that names no topic.
-    """
+    """D_safe: the toxic prompts dealt to tuning, each with a refusal. AdvBench and SafetyTuned only
+    command, so every second one is put as a question. A prompt without a refusal gets the first
+    sentence of another's, one that several share, since that names no topic."""
     openings = Counter(re.split(r"(?<=[.!])\s", e.answer)[0] for e in tuning if e.answer)
     refusals = sorted(opening for opening, count in openings.items() if count > 1) or [REFUSAL]
     rng = random.Random(f"refusals {seed}")
@@ -1041,12 +1010,10 @@ def apart_by_suite(stage, used, limit=None):
     return dict(suites)
 
 def apart_from(used, examples):
-    """`examples` without near-duplicates of `used`, whose word sets overlap by 0.7 (Jaccard).
-
-    At 0.7 two wordings of AdvBench's "hack into a government database" are one prompt; tutorials on
-    two different crimes, at 0.65, are two. Not all pairs are compared: a near-duplicate of a prompt
-    of 10 words lacks at most 3 of them, so it has one of any 4, and so one of the 4 rarest.
-    """
+    """`examples` without near-duplicates of `used`, whose word sets overlap by 0.7 (Jaccard): two
+    wordings of one request do, tutorials on two different crimes, at 0.65, do not. Not all pairs
+    are compared: a near-duplicate of a prompt of 10 words lacks at most 3 of them, so it has one of
+    any 4, and so one of the 4 rarest."""
     having = defaultdict(list)                              # word: word sets of `used` with it
     for e in used:
         words = word_set(e.prompt)

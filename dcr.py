@@ -32,8 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import Packed, RMSNorm, last_states, right_padded
 
-# --------------------------------------------------------------------------------------------------
-# 1. The Circle loss
+# ---- 1. The Circle loss --------------------------------------------------------------------------
 
 STRIP = 256                # anchors at a time on a CPU: with 4,096 others, 4 MB of cosines
 GPU_STRIP_PAIRS = 2 ** 27  # pairs at a time on a GPU, which wants more work at once: 0.5 GB
@@ -62,8 +61,7 @@ def circle_loss(features, labels, references=None, reference_labels=None, margin
     Refinement here needs 32 anchors among themselves. For larger work, positives and negatives may
     be sought among `references` (M, d) with `reference_labels` (M,), for example a memory bank or
     the batches of other workers. If the anchors are rows own, own + 1, ... of the references, with
-    the same labels, say so, and none is compared with itself. ValueError for other shapes.
-    """
+    the same labels, say so, and none is compared with itself. ValueError for other shapes."""
     if (references is None) != (reference_labels is None):
         raise ValueError("references and reference_labels come together")
     if references is None:
@@ -103,8 +101,7 @@ class CircleLoss(torch.autograd.Function):
         dL/ds_n = sigmoid(log Z_n + log Z_p)  exp(e_n) / Z_n  de_n/ds_n         and for s_p alike.
 
     The loss is a mean, so this gradient is known as soon as a strip's sums are. It is computed in
-    the forward pass, and the backward pass multiplies it by what comes back.
-    """
+    the forward pass, and the backward pass multiplies it by what comes back."""
 
     @staticmethod
     def forward(ctx, x, y, x_labels, y_labels, m, gamma, own):
@@ -176,8 +173,7 @@ def exponentials(t, left_out=None):
     sums = terms.sum(1)
     return largest + sums.log(), sums, terms
 
-# --------------------------------------------------------------------------------------------------
-# 2. The objective of refinement
+# ---- 2. The objective of refinement --------------------------------------------------------------
 
 def refinement_loss(model, base, prompts, labels, tokens, texts, mean, s):
     """What refinement minimises on one batch, a scalar:
@@ -195,8 +191,7 @@ def refinement_loss(model, base, prompts, labels, tokens, texts, mean, s):
     tokens, texts   (B, T) general texts, packed by `data.collate`
     mean            (width,) the base's mean state over all prompts of refinement: where the
                     cosine has its origin (if s.centre), and from where sizes of states are measured
-    s               `train.Settings`; read here: layer, margin, gamma, centre, hold, still, keep
-    """
+    s               `train.Settings`; read here: layer, margin, gamma, centre, hold, still, keep"""
     l = s.layer
     states = last_states(model, prompts, l)                              # (n, width): h_x
     features = states - mean if s.centre else states
@@ -229,8 +224,7 @@ def drift(hidden, base_hidden, origin):
 def forgetting(logits, base_logits):
     """How answers changed: KL(base || model) of the next token, mean over positions; logits (n, V).
 
-    Unlike the likelihood of some text it has nothing to teach, only something to keep.
-    """
+    Unlike the likelihood of some text it has nothing to teach, only something to keep."""
     base_log_p = base_logits.float().log_softmax(-1)
     log_p = logits.float().log_softmax(-1)
     # torch's kl_div(log q, log p) is KL(p || q); "batchmean" is the sum over V, mean over n
@@ -246,8 +240,7 @@ def gradient_products_plain(model, prompts, l, read):
         G[i, j] = dr(x_i)/dtheta  dr(x_j)/dtheta^T,      G (n, n, k, k).
 
     h (n, width) is the stream after block l at the last token of each of n prompts (lists of ids),
-    and `read` any function of it, made of the final norm at most. Every gradient is written out.
-    """
+    and `read` any function of it, made of the final norm at most. Every gradient is written out."""
     r = read(last_states(model, prompts, l))                             # (n, k)
     below = [p for name, p in model.named_parameters() if group_of(name) != "head"]
     rows = []
@@ -270,8 +263,7 @@ def gradient_products(model, prompts, l, read, inside=None):
         sum over t', t of  <a'_t', a_t>  B'_t' B_t^T :
 
     what two prompts have in common going up, times what they have in common coming down. (For whole
-    networks see Novak et al. 2022, arXiv 2206.08720: "structured derivatives".)
-    """
+    networks see Novak et al. 2022, arXiv 2206.08720: "structured derivatives".)"""
     calls = []                                    # (module, input a, output u), as they ran
 
     def record(module, inputs, output):
@@ -352,8 +344,7 @@ class Kernel:
 
         K(x', x) = W G W^T + <h', h> I.
 
-    No V x V matrix is needed, and d backward passes do the work of V. Exact for an untied head.
-    """
+    No V x V matrix is needed, and d backward passes do the work of V. Exact for an untied head."""
     W: torch.Tensor          # (V, d)
     h: torch.Tensor          # (n, d)
     groups: dict             # {group: G (n, n, d, d)}
@@ -401,8 +392,7 @@ def kernel_norms(model, prompts):
 
     Exactness costs n^2 width^2 numbers and needs an untied head. Other models get what the paper
     measures: of each prompt its own 10 likeliest logits alone, and the last 4 blocks alone. That is
-    another quantity, so compare models within one kind.
-    """
+    another quantity, so compare models within one kind."""
     if model.config.width <= 128 and not model.config.tied:
         return kernel(model, prompts).norms()
 
@@ -421,8 +411,7 @@ def first_order(model, prompts, parameters, change):
         z(theta + change) = z + dz + O(change^2),
 
     in one forward-mode pass: dz/dtheta is never formed. With the step of SGD on (x, y) for change,
-    dz is -eta K(x', x) (pi(x) - e_y). Any other optimizer's step will do as well.
-    """
+    dz is -eta K(x', x) (pi(x) - e_y). Any other optimizer's step will do as well."""
     tokens, last = right_padded(prompts, model.cos.device)               # (n, T), (n,)
     rows = torch.arange(len(prompts), device=tokens.device)
 

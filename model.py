@@ -192,8 +192,8 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, folder, context=None):
         """The model of a Hugging Face folder (Llama or Qwen2; config.json, *.safetensors), in fp32,
-        with a context of at most `context` (None: CONTEXT_CAP). ValueError for whatever is wrong
-        with the folder: one line with file and remedy."""
+        its context at most `context` (None: CONTEXT_CAP). ValueError, one line with file and
+        remedy, for whatever is wrong with the folder."""
         source = Path(folder) / "config.json"
         model = cls(read_config(source, context))
         stored = read_weights(Path(folder))

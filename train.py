@@ -1,19 +1,17 @@
 """The whole story in one command: `python train.py`.
 
-For every seed: 1. make the world (or read --data), 2. train its tokenizer (or read --init's),
-3. pretrain the base (or load it), 4. tune it for safety, which over-refuses (STL, "safety-tuned
-LLaMA"), 5. the same with refinement's prompts mixed in (STL-aug), 6. refine the base and tune that
-(DCR), 7. the same with shuffled labels (the control), 8. evaluate all, print tables, draw figures.
+For every seed: make the world and its tokenizer (or read --data and --init's), pretrain the base
+(or load it), tune it for safety, which over-refuses (STL, "safety-tuned LLaMA"); the same with
+seemingly toxic prompts mixed in (STL-aug); refine the base and tune that (DCR). `run_seed` has more.
 
-Every comparison is paired: the same base, the same number of steps, and in every step of tuning
-the same rows (STL-aug reads more rows beside them). Each finished model is a checkpoint folder,
-each unfinished one a state on disk, so the same command goes on where it was stopped.
+Every comparison is paired: the same base, the same number of steps, and in every step of tuning the
+same rows. Each finished model is a checkpoint folder, each unfinished one a state on disk, so the
+same command goes on where it was stopped.
 
 "The paper" is "Discern Truth from Falsehood", arXiv 2603.03323. Its stage 1, `refine`, minimises
-`dcr.refinement_loss`, the Circle loss on the states after block l, with every later parameter
-frozen. Its stage 2, `tune`, is ordinary safety tuning: it minimises -log pi(y_t | x, y_<t), the SFT
-objective, here a mean over tokens, on general exchanges and refusals. Read `eval.py` next: how
-responses are generated, and what is measured of them.
+`dcr.refinement_loss` with all that comes after block l frozen. Its stage 2, `tune`, is ordinary
+safety tuning: it minimises -log pi(y_t | x, y_<t), the SFT objective, on general exchanges and
+refusals. Read `eval.py` next: how responses are generated, and what is measured of them.
 """
 import argparse
 import copy
@@ -64,14 +62,14 @@ class Settings:
     pretrain_lr: float = knob(4e-3, "high, as small models like it; warmed up, then decayed")
 
     layer: int = knob(3, "l: refinement shapes the states after this block and freezes all above")
-    refine_steps: int = knob(300, "the loss is near its floor after 50; the rest heals the texts")
+    refine_steps: int = knob(300, "100 are too few on some seeds, 600 no better")
     refine_batch: int = knob(32, "prompts a step, half of each class, and as many general texts")
-    refine_lr: float = knob(1e-3, "3e-4 separates the classes too little to survive the tuning")
+    refine_lr: float = knob(1e-3, "5e-4 does about as well")
     margin: float = knob(0.25, "m of the Circle loss, its authors' value")
     gamma: float = knob(32.0, "scale of the Circle loss: how much harder hard pairs are pulled")
     centre: bool = knob(False, "subtract the base's mean state before the cosine; for large models")
     with_safe: bool = knob(True, "D_safe's prompts are known to be toxic: they join D_toxic")
-    hold: float = knob(3.0, "weight of the drift of D_seemingly's states; not in the paper")
+    hold: float = knob(3.0, "weight of the drift of D_seemingly's states; 10 does about as well")
     keep: float = knob(30.0, "weight of KL(base || model) on general texts; not in the paper")
     still: float = knob(3.0, "weight of the drift of states on general texts; not in the paper")
 
@@ -91,13 +89,13 @@ class Settings:
     split: str = knob("held-out", "suites to evaluate on; choose settings on 'development' instead")
 
 # The defaults with --init, tried out on SmolLM2-135M (30 blocks). A model that has read a lot needs
-# fewer and smaller steps of refinement, and more refusals in its few steps of tuning.
+# fewer and smaller steps of refinement, and more refusals in its few steps of tuning. (Not tried
+# there: with_safe and hold.)
 REAL = dict(layer=15, refine_steps=40, refine_batch=24, refine_lr=1e-4, gamma=16.0, centre=True,
-            keep=0.0, still=1.0, hold=0.0,
-            with_safe=False, tune_steps=40, tune_batch=16, tune_lr=2e-3, refusals=0.2, lora=16)
+            with_safe=False, hold=0.0, keep=0.0, still=1.0,
+            tune_steps=40, tune_batch=16, tune_lr=2e-3, refusals=0.2, lora=16)
 
-# --------------------------------------------------------------------------------------------------
-# 1. Training: LoRA, and one loop for every stage
+# ---- 1. Training: LoRA, and one loop for every stage ---------------------------------------------
 
 class LoRA(nn.Module):
     """y = W x + B (A x) for a linear map W (Hu et al. 2021, arXiv 2106.09685). A (rank, in) is
@@ -141,18 +139,17 @@ def moments(steps):
     return early + late
 
 def train(label, model, parameters, loss, steps, lr, state_file, watch=None):
-    """Minimise loss(step) -> (scalar, tokens read) over `parameters`.
+    """Minimise loss(step), a scalar, over `parameters`.
 
-    Returns a log: seconds, tokens read, and a curve of what watch() -> dict returned at the
-    `moments`. RuntimeError if the loss is not finite.
+    Returns a log: seconds, and a curve of what watch() -> dict returned at the `moments`.
+    RuntimeError if the loss is not finite.
 
     The state goes to disk every 10 seconds or more and is loaded if it is there: as batches depend
-    on the step alone, an interrupted run ends with the numbers of an uninterrupted one.
-    """
+    on the step alone, an interrupted run ends with the numbers of an uninterrupted one."""
     # no decay: weights that a stage does not need should stay the base's
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0,
                                   fused=True)
-    log = {"seconds": 0.0, "read": 0, "curve": []}
+    log = {"seconds": 0.0, "curve": []}
     first = 0
     if state_file.exists():
         state = torch.load(state_file, map_location=model.cos.device, weights_only=True)
@@ -173,13 +170,12 @@ def train(label, model, parameters, loss, steps, lr, state_file, watch=None):
         decay = max(0.1, 1 - step / steps)                               # down to a tenth
         for group in optimizer.param_groups:
             group["lr"] = lr * warm_up * decay
-        value, read = loss(step)
+        value = loss(step)
         value.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         bar.update()
-        log["read"] += read
 
         state_due = time.time() - saved > pause
         tenth_or_last = step % 10 == 9 or step == steps - 1
@@ -188,10 +184,9 @@ def train(label, model, parameters, loss, steps, lr, state_file, watch=None):
                 raise RuntimeError(
                     f"{label}: the loss is {value.item()} at step {step + 1}; lower its learning "
                     f"rate (now {lr}), with a new --out; finished stages are kept")
-            log["seconds"] = seconds_before + time.time() - begin
-            speed = log["read"] / log["seconds"]
-            bar.set_postfix_str(f"loss {value.item():.3f}, {speed:,.0f} tokens/s")
+            bar.set_postfix_str(f"loss {value.item():.3f}")
         if state_due:
+            log["seconds"] = seconds_before + time.time() - begin
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "log": log,
                      "step": step + 1}
             write_begin = time.time()
@@ -204,8 +199,7 @@ def train(label, model, parameters, loss, steps, lr, state_file, watch=None):
     log["seconds"] = seconds_before + time.time() - begin
     return log
 
-# --------------------------------------------------------------------------------------------------
-# 2. The stages. Each returns (model, log) and draws its batches from (seed, step) alone.
+# ---- 2. The stages. Each returns (model, log) and draws its batches from (seed, step) alone. -----
 
 @dataclass
 class Run:
@@ -261,13 +255,10 @@ def pretrain(run):
     return model, log
 
 def sft_loss(model, sequences, run):
-    """The mean of -log pi(y_t | x, y_<t) over what is to be learnt in `sequences`, [(ids, first)];
-    and the number of tokens read."""
+    """The mean of -log pi(y_t | x, y_<t) over what is due in `sequences`, [(ids, first)]."""
     tokens, targets, texts = collate(sequences, run.device, model.config.context)      # (B, T) each
     with run.autocast():
-        losses = token_losses(model, tokens, targets, texts)             # (tokens to learn,)
-    read = sum(len(ids) - 1 for ids, _ in sequences)
-    return losses.mean(), read
+        return token_losses(model, tokens, targets, texts).mean()
 
 def refine(name, base, run, s, shuffled=False):
     """Stage 1, contrastive refinement: part harmless from toxic prompts at block l, tail frozen.
@@ -305,9 +296,7 @@ def refine(name, base, run, s, shuffled=False):
         sequences = rng.choices(general, k=s.refine_batch)
         tokens, _, texts = collate(sequences, run.device, base.config.context)   # (B, T) each
         with run.autocast():
-            value = refinement_loss(model, base, prompts, labels, tokens, texts, mean, s)
-        read = sum(len(ids) for ids in prompts) + sum(len(ids) - 1 for ids, _ in sequences)
-        return value, read
+            return refinement_loss(model, base, prompts, labels, tokens, texts, mean, s)
 
     log = train(name, model, trained, loss, run.steps(s.refine_steps), s.refine_lr,
                 run.folder / f"{name}.state")
@@ -319,8 +308,7 @@ def tune(name, base, run, extra=(), later=False):
 
     `extra` has pairs (Examples, rows): so many rows of them, in the mean, are added to every batch.
     With `later` it is somebody else who tunes a finished model on, with other toxic prompts and
-    another refusal, who has no seemingly toxic prompts at hand.
-    """
+    another refusal, who has no seemingly toxic prompts at hand."""
     s = run.s
     context = base.config.context
     purpose = "later" if later else "tuning"
@@ -385,8 +373,7 @@ def surgical(stl, run):
     answered, made orthogonal to r, the same of toxic prompts: w is what only false refusals have.
     No matrix that writes to the stream may write along w: W <- W - w w^T W. Of the blocks after
     which w can be taken, the one that leaves the least refusals of other refused benign prompts,
-    while the answers to general ones hardly change. Returns a model like any other, and a log.
-    """
+    while the answers to general ones hardly change. Returns a model like any other, and a log."""
     begin = time.time()
     blocks = stl.config.blocks
 
@@ -426,7 +413,7 @@ def surgical(stl, run):
         if changed <= 0.2 and refused < least:
             best = model
             least = refused
-    return best, {"seconds": time.time() - begin, "read": 0, "curve": []}
+    return best, {"seconds": time.time() - begin, "curve": []}
 
 def finished(run, name, make):
     """(model, log) of a stage: from its checkpoint if there is one, else make() -> (model, log)."""
@@ -440,23 +427,20 @@ def finished(run, name, make):
     return model, log
 
 def measure(name, model, log, run, results):
-    """Add to `results` what is measured of a model: rows, curve, examples, map of its states."""
+    """Add to `results` what is measured of a model: rows, curve of its training, examples."""
     s = run.s
     if name not in evaluation.STAGES:
         s = dataclasses.replace(s, kernel=0)
     with run.autocast():
         rows, responses = evaluation.evaluate(model, run.chat, run.parts, s)
-        first = run.seed == run.s.seed         # examples and maps of one seed are enough
-        points = evaluation.state_map(model, run.chat, run.parts, run.s.layer) if first else None
     rows += evaluation.as_rows("stage", "general", 1, seconds=log["seconds"])
 
     whose = {"method": name, "seed": run.seed}
     results["rows"] += [whose | row for row in rows]
     if log["curve"]:
         results["curves"].append(whose | {"curve": log["curve"]})
-    if first:
+    if run.seed == run.s.seed:                 # examples of one seed are enough
         shown = evaluation.example_responses(run.parts, responses)
-        results["maps"].append(whose | {"points": points})
         results["examples"].append(whose | {"responses": shown})
 
 def run_seed(run, results):
@@ -472,7 +456,7 @@ def run_seed(run, results):
         if not s.init:
             return pretrain(run)
         model = GPT.from_pretrained(s.init).to(run.device)
-        return model, {"seconds": 0.0, "read": 0, "curve": []}
+        return model, {"seconds": 0.0, "curve": []}
 
     def tuned(name, extra=None, later=False):
         def make(start):
@@ -523,8 +507,7 @@ def run_seed(run, results):
         for needed in line:
             stage(needed)
 
-# --------------------------------------------------------------------------------------------------
-# 3. The command
+# ---- 3. The command ------------------------------------------------------------------------------
 
 def boolean(text):
     """true or false, as argparse wants it; bool("false") is True."""
@@ -582,7 +565,7 @@ def open_results(s, device):
     path = Path(s.out) / "results.json"
     if not path.exists():
         return {"settings": settings, "environment": environment(device),
-                "rows": [], "curves": [], "maps": [], "examples": []}
+                "rows": [], "curves": [], "examples": []}
     results = evaluation.read_results(Path(s.out))
     before = results["settings"]
     changed = [f"{name} was {before.get(name)!r}, is {value!r}" for name, value in settings.items()

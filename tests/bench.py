@@ -112,7 +112,7 @@ def step(quick):
             for compiled in (False, True) if DEVICE == "cuda" and what == "rectangle" else (False,):
                 def ours(model):
                     if what == "exchanges":
-                        return sft_loss(model, sequences, run)[0]
+                        return sft_loss(model, sequences, run)
                     logits = model(tokens[:, :-1])
                     return F.cross_entropy(logits.flatten(0, 1).float(), targets[:, 1:].flatten())
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 import eval as evaluation
 from conftest import ROOT
 from data import LATER_REFUSAL, REFUSALS, Chat, Example, word_tokenizer
-from eval import (auc, compliance_at_defense, extremes, is_refusal, kernel_norms, kernel_similarity, misfiled,
-                  paired, refusal_probability, respond, values)
+from eval import (auc, compliance_at_defense, is_refusal, kernel_norms, kernel_similarity, misfiled,
+                  paired, refusal_probability, respond, spread, values)
 from model import GPT, GPTConfig, last_states
 
 # What evaluate reads of train.Settings
@@ -67,11 +67,6 @@ def test_compliance_at_defense_is_that_of_the_best_threshold(n):
     allowed = [t for t in toxic.tolist() if np.mean(toxic.numpy() >= np.float32(t)) >= 0.95 - 1e-9]
     best = max(np.mean(benign.numpy() < np.float32(t)) for t in allowed)
     assert compliance_at_defense(toxic, benign) == pytest.approx(best)
-
-
-def test_compliance_at_defense_without_toxic_prompts_is_one_line():
-    with pytest.raises(ValueError, match="no toxic prompts.*add a suite"):
-        compliance_at_defense(torch.empty(0), torch.tensor([0.5]))
 
 
 def test_prompts_in_turn_come_evenly_from_all_suites():
@@ -239,15 +234,6 @@ def test_last_states_are_those_at_the_last_token_of_each_prompt(model, l):
         assert torch.allclose(state, model(torch.tensor([ids]), upto=l)[0, -1], atol=1e-5)
 
 
-def test_the_map_of_states_shows_all_three_classes_around_their_mean(model, parts, chat, monkeypatch):
-    monkeypatch.setattr(evaluation, "MAP_PROMPTS", 4)
-    points = evaluation.state_map(model, chat, parts, l=1)
-    assert list(points) == ["toxic", "seemingly", "general"]
-    together = np.concatenate(list(points.values()))
-    assert together.shape == (12, 2) and np.abs(together.mean(0)).max() < 1e-5
-    assert together[:, 0].std() > together[:, 1].std()                             # the main axis first
-
-
 def test_kernel_similarity_leaves_out_pairs_of_a_prompt_with_itself(model, parts, chat):
     """They are 1 by definition, and would lift every within-class mean. Each pair of classes comes once."""
     table = kernel_similarity(model, chat, parts, 2)
@@ -318,7 +304,7 @@ SIMILARITIES = {"toxic/toxic": 0.8, "toxic/seemingly": 0.35, "toxic/general": 0.
 
 def made_up(seeds=(0,), models=MODELS):
     """Results of the documented form, with values that tell where they came from."""
-    rows, curves, maps, examples = [], [], [], []
+    rows, curves, examples = [], [], []
     for seed in seeds:
         for method in models:
             m = MODELS.index(method)
@@ -342,12 +328,10 @@ def made_up(seeds=(0,), models=MODELS):
                     dict(step=step, toxic=0.1 * step, seemingly=0.05 * step, general=0.0)
                     for step in range(5)])]
             if seed == seeds[0]:
-                maps += [dict(method=method, seed=seed, points={
-                    name: [[i, m], [m, i]] for i, name in enumerate(("toxic", "seemingly", "general"))})]
                 examples += [dict(method=method, seed=seed, responses=[
                     dict(suite="one", kind="benign", prompt="Hang the picture?", response="Sorry, I cannot."),
                     dict(suite="one", kind="toxic", prompt="Hang the guard?", response="Sure, here.")])]
-    return dict(settings=dict(split="held-out", layer=3), environment={}, rows=rows, curves=curves, maps=maps,
+    return dict(settings=dict(split="held-out", layer=3), environment={}, rows=rows, curves=curves,
                 examples=examples)
 
 
@@ -370,10 +354,11 @@ def test_values_are_one_a_seed_and_the_pooled_suite_is_no_suite():
     assert values(results, "nobody", "auc", "benign") == []
 
 
-def test_extremes_are_the_median_the_least_and_the_most():
-    assert extremes([0.5, 0.1, 0.2]) == "20.0 [10.0, 50.0]"
-    assert extremes([1.5, 0.5], scale=1, digits=2) == "1.00 [0.50, 1.50]"
-    assert extremes([]) == "-"
+def test_the_spread_of_seeds_is_their_median_the_least_and_the_most():
+    assert spread([0.5, 0.1, 0.2]) == "20.0 [10.0, 50.0]"
+    assert spread([1.5, 0.5], scale=1, digits=2) == "1.00 [0.50, 1.50]"
+    assert spread([0.5]) == "50.0"
+    assert spread([]) == "-"
 
 
 def test_a_difference_that_all_seeds_share_is_no_accident_however_far_the_seeds_lie_apart():
@@ -394,7 +379,7 @@ def test_the_interval_of_a_difference_is_where_resampled_means_lie():
     assert [mean - low, high - mean] == pytest.approx([1.96 * error, 1.96 * error], rel=0.2)
 
 
-def test_a_table_of_one_seed_shows_means_and_of_several_their_spread_and_extremes():
+def test_a_table_of_one_seed_shows_its_values_and_of_several_their_spread():
     one = cells_of(evaluation.tables(made_up()).split("\n\n")[1])
     assert list(one) == ["method", "base", "STL", "STL-aug", "DCR-shuffled", "DCR", "STL-aug+later",
                          "DCR+later"]
@@ -403,14 +388,13 @@ def test_a_table_of_one_seed_shows_means_and_of_several_their_spread_and_extreme
     assert one["DCR"][one["method"].index("AUC")] == "75.0"
     assert one["DCR"][one["method"].index("general loss")] == "0.123"
     assert "general accuracy" not in one["method"]                                  # nothing was measured
-    _, means, _, medians, *_ = evaluation.tables(made_up((0, 3))).split("\n\n")
-    assert cells_of(means)["STL"][0] == "15.0 ± 4.2"                # of 12 and 18: 3 * sqrt(2)
-    assert cells_of(medians)["STL"][0] == "15.0 [12.0, 18.0]"
+    of_two = evaluation.tables(made_up((0, 3))).split("\n\n")[1]
+    assert cells_of(of_two)["STL"][0] == "15.0 [12.0, 18.0]"
 
 
 def test_methods_are_compared_with_plain_tuning_and_those_tuned_on_with_dcr_tuned_on():
     text = evaluation.tables(made_up((0, 3)))
-    title, table = text.split("\n\n")[4:6]
+    title, table = text.split("\n\n")[2:4]
     assert title == "paired differences in points, with 95 % intervals over seeds"
     _, *lines = lines_of(table)
     assert [line[:2] for line in lines] == [["STL", "STL-aug"], ["STL", "DCR-shuffled"], ["STL", "DCR"],
@@ -426,8 +410,8 @@ def test_tables_show_suites_misfiled_prompts_kernels_and_seconds():
     assert one[:2] == ["one", "benign"] and one[title.index("STL")] == "14.0"
     refined = cells_of(misfiled_prompts)
     assert list(refined) == ["model", "base", "refined-shuffled", "refined"]
-    assert refined["base"] == ["0.0 [0.0, 0.0]", "12.0 [12.0, 12.0]"]               # then STL's answers
-    assert refined["refined"] == ["3.0 [3.0, 3.0]", "42.0 [42.0, 42.0]"]            # then DCR's
+    assert refined["base"] == ["0.0", "12.0"]                                     # then STL's answers
+    assert refined["refined"] == ["3.0", "42.0"]                                  # then DCR's
     kernel = cells_of(kernels)
     assert list(kernel) == ["model", "base", "STL", "STL-aug", "refined", "DCR", "DCR-shuffled"]
     assert kernel["refined"] == ["0.80", "0.60", "0.35", "0.50"]                    # 0.35 / 0.7
@@ -473,15 +457,6 @@ def test_the_figure_of_later_tuning_shows_who_was_tuned_on():
     evaluation.plt.close(figure)
 
 
-def test_the_figure_of_misfiled_prompts_pairs_a_refined_model_with_its_tuned_one():
-    """Across: what refinement left on the wrong side. Up: what is answered after tuning. A dot a seed."""
-    figure = evaluation.figure_misfiled(made_up((0, 3)))
-    points = dots(figure.axes[0])
-    assert points["DCR"] == [pytest.approx([3, 42]), pytest.approx([9, 48])]
-    assert points["DCR-shuffled"] == [pytest.approx([5, 62]), pytest.approx([11, 68])]
-    evaluation.plt.close(figure)
-
-
 def test_examples_show_where_a_method_is_wrong():
     text = evaluation.show_examples(made_up())
     assert "benign, one: Hang the picture?" in text and "toxic, one: Hang the guard?" in text
@@ -503,14 +478,14 @@ def test_report_writes_the_tables_and_every_figure(seeds, tmp_path, capsys):
     files = reported(made_up(seeds), tmp_path)
     said = capsys.readouterr().out
     assert files == {"results.md", *(f"{name}.png" for name in evaluation.FIGURES)}
-    assert set(evaluation.FIGURES) == {"answers", "tuning", "later", "misfiled", "kernel", "states"}
+    assert set(evaluation.FIGURES) == {"answers", "tuning", "later"}
     assert (tmp_path / "results.md").read_text() in said and str(tmp_path / "tuning.png") in said
 
 
 @pytest.mark.parametrize("models, absent", [
-    (["base"], {"tuning", "later", "misfiled"}),
-    (["base", "STL"], {"later", "misfiled"}),
-    (["base", "STL", "STL-aug", "refined"], {"later", "misfiled"}),
+    (["base"], {"tuning", "later"}),
+    (["base", "STL"], {"later"}),
+    (["base", "STL", "STL-aug", "refined"], {"later"}),
     (["base", "STL", "STL-aug", "refined", "DCR"], {"later"}),
     (["base", "refined", "DCR", "DCR+later"], set()),
 ])
