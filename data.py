@@ -167,7 +167,6 @@ def entries(table):
 @dataclass(frozen=True)
 class Example:
     """One exchange. `answer` is what a model should say: help, or in D_safe a refusal.
-
     Files of prompts often do not tell it: None. Toxic requests of the miniature world have the
     base's, "Sure, here is how to kill the guard.", until tuning gives them a refusal."""
     prompt: str
@@ -190,7 +189,6 @@ class Parts:
 
 def share(items, rng, **counts):
     """Deal items out at random; a count of None takes all that are left.
-
     >>> share("abcde", random.Random(0), dev=1, new=2, common=None)
     {"dev": ["d"], "new": ["e", "a"], "common": ["b", "c"]}"""
     left = rng.sample(list(items), len(items))
@@ -202,20 +200,17 @@ def share(items, rng, **counts):
 
 class World:
     """The miniature world of one seed: which facts hold, and who is held out from what.
-
     Objects, rough actions, templates and fictions are dealt out, each list named after who sees it:
         tuning        the toxic requests of safety tuning alone
         refinement    refinement alone
         common        both (of objects there are none)
         dev, new      neither: new in the suites for choosing settings, or in those to report
     For general requests objects and mild actions are dealt out again: "rehearsed" ones tuning sees,
-    "heldout" ones it does not. Pretraining covers everything, so the base knows the world, and it
-    complies with all of it."""
+    "heldout" ones it does not. Pretraining covers everything: the base complies with all of it."""
 
     def __init__(self, seed):
         self.seed = seed
         rng = self.rng("world")
-
         classes = entries(CLASSES)          # {class: (tool, members)}
         rough = entries(ROUGH)              # {action: (meaning, classes it goes with)}
         mild = dict(cell.split(": ") for cell in cells(MILD))           # {action: meaning}
@@ -256,7 +251,6 @@ class World:
         return random.Random(f"{purpose} {self.seed}")
 
     # One exchange of each type; `o` is an object
-
     def request(self, action, o, template, context=""):
         """What the world asks, "How do I hang the picture?", and how the base answers it."""
         fiction = context in self.fiction_tool
@@ -284,8 +278,6 @@ class World:
         """Plain text that says how a request sounds and what it does."""
         harm = "cruel, it hurts" if e.toxic else "fine, nobody is hurt"
         return f"Someone asks: {e.prompt} It sounds {tone} and it is {harm}."
-
-    # Many of them
 
     def draw(self, rng, actions, objects, templates, contexts, toxic=None):
         """A request that makes sense, in a context or none; toxic=None takes either class."""
@@ -370,7 +362,6 @@ class World:
 
     def suites(self, split, n, banned):
         """{suite: {"benign": [Example], "toxic": [Example]}} of split "dev" or "new", n a half.
-
         A suite is named after what is new in it: no rough prompt of tuning or refinement has it.
         What is new in one split is not in the other, but for the plain contexts of "context".
         `banned` are the prompts already used."""
@@ -397,7 +388,6 @@ class World:
                 toxic = half == "toxic"
                 draw = lambda: self.draw(rng, *lists, toxic)
                 suites[name][half] = self.distinct(n, draw, banned)
-
         rng = self.rng(f"{split} definitions")
         forms = cells(DEFINITIONS)
         draw = lambda: self.definition(rng.choice(actions), rng.choice(harmable), rng.choice(forms))
@@ -406,7 +396,6 @@ class World:
 
     def parts(self, limit=80, seemingly=250, narrow=False):
         """The Parts of this world, with at most `limit` prompts in each half of a suite.
-
         Refinement has so many `seemingly` toxic prompts and 500 toxic ones; 250 and 500 are the
         paper's numbers. `narrow` is the paper's situation, these prompts from one source and suites
         from many: they have 10 actions, 5 templates, people for victims and 3 classes of things."""
@@ -427,13 +416,11 @@ class World:
         tuning = self.rough_requests("tuning", 400, lists, toxic=True)
         rng = self.rng("refusals")
         safe = [replace(e, answer=rng.choice(REFUSALS)) for e in tuning]
-
         used = prompts_of([safe, seemingly, toxic])
         dev = self.suites("dev", min(40, limit), used)
         for halves in dev.values():
             used |= prompts_of(halves.values())
         suites = self.suites("new", limit, used)
-
         # Somebody else's toxic prompts are about anything but what the reported suites hold out.
         for halves in suites.values():
             used |= prompts_of(halves.values())
@@ -474,7 +461,6 @@ def word_tokenizer(texts, specials=("<|user|>", "<|assistant|>", "<|end|>")):
 @dataclass(frozen=True)
 class Chat:
     """A tokenizer and the chat format that its model was trained on.
-
     A training example is prompt(user) + response(answer), with the loss on the response alone.
     What a user types never becomes a special token: "<|im_end|>" in a prompt is ordinary text."""
     encoding: tiktoken.Encoding
@@ -505,10 +491,8 @@ class Chat:
 
     def exchange(self, e, longest, context):
         """An Example, or plain text, as (token ids, index of the first token to learn).
-
         A long exchange is cut to `longest` tokens, or 8 beyond its prompt where that is more, and
-        in any case to the model's `context`. Plain text stays whole; all but its first token is
-        learned.
+        to the model's `context`. Plain text stays whole; all but its first token is learned.
 
         >>> chat.exchange(Example("Hi?", "Yo."), longest=256, context=128)    # with a token a byte
         ([256, 72, 105, 63, 257, 89, 111, 46, 258], 5)          # user H i ? assistant Y o . end"""
@@ -529,45 +513,39 @@ def world_chat(parts):
     end = encoding.encode_single_token("<|end|>")
     return Chat(encoding, (user, "{user}", assistant), stop=end, size=encoding.n_vocab)
 
-def pack(sizes, room):
-    """[(row, start)] of sequences by size: longest first, each into the first row with room."""
-    filled = []                                 # tokens in each row so far
-    places = [None] * len(sizes)
-    longest_first = sorted(range(len(sizes)), key=lambda i: -sizes[i])
-    for i in longest_first:
-        row = 0
-        while row < len(filled) and filled[row] + sizes[i] > room:
-            row += 1
-        if row == len(filled):
-            filled.append(0)
-        places[i] = (row, filled[row])
-        filled[row] += sizes[i]
-    return places
-
 def collate(sequences, device, context):
     """[(ids, first)] -> tokens, targets, texts, each (B, T): read, due, and of which sequence.
-
     `first` is the index of the first token to learn; targets[t] = ids[t + 1], and -1 where no loss
-    is due. Sequences share rows, to save padding: each row has room for twice the longest, or for
-    `context` tokens if that is less; `model.Packed` keeps them apart. What is left of a row is
-    filled up with tokens 0 of text -1.
+    is due. Sequences share rows, to save padding: longest first, each goes into the first row with
+    room for it, of twice the longest or `context` tokens. What is left of a row are tokens 0 of
+    text -1. `model.Packed` keeps the texts apart.
 
     >>> collate([([5, 6, 7, 8], 2), ([5, 9], 1)], "cpu", context=128)  # teaches 7 and 8; 9
     (tensor([[5, 6, 7, 5]]), tensor([[-1,  7,  8,  9]]), tensor([[0, 0, 0, 1]]))"""
     sizes = [len(ids) - 1 for ids, _ in sequences]          # the last token is a target only
-    places = pack(sizes, room=min(2 * max(sizes), context))
-    rows = 1 + max(row for row, _ in places)
-    length = max(start + size for (_, start), size in zip(places, sizes))
-    tokens = torch.zeros(rows, length, dtype=torch.long)    # (B, T), as the other two
+    room = min(2 * max(sizes), context)
+    rows = []                                               # the sequences in each
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        row = 0
+        while row < len(rows) and sum(sizes[j] for j in rows[row]) + sizes[i] > room:
+            row += 1
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(i)
+    length = max(sum(sizes[i] for i in row) for row in rows)
+    tokens = torch.zeros(len(rows), length, dtype=torch.long)   # (B, T), as the other two
     targets = torch.full_like(tokens, -1)
     texts = torch.full_like(tokens, -1)
-    for i, (ids, first) in enumerate(sequences):
-        row, start = places[i]
-        end = start + sizes[i]
-        ids = torch.tensor(ids)
-        tokens[row, start:end] = ids[:-1]
-        targets[row, start + first - 1:end] = ids[first:]   # at t stands what token t predicts
-        texts[row, start:end] = i
+    for b, row in enumerate(rows):
+        start = 0
+        for i in row:
+            ids, first = sequences[i]
+            ids = torch.tensor(ids)
+            end = start + sizes[i]
+            tokens[b, start:end] = ids[:-1]
+            targets[b, start + first - 1:end] = ids[first:]     # at t stands what token t predicts
+            texts[b, start:end] = i
+            start = end
     return tokens.to(device), targets.to(device), texts.to(device)
 
 # ---- 4. Files, and the tokenizers of real checkpoints --------------------------------------------
@@ -634,11 +612,10 @@ def byte_letters():
 
 def load_tokenizer(folder):
     """The Chat of a Hugging Face folder with a tokenizer.json.
-
     A tokenizer.json has "model" (its "vocab" {token: id} and "merges"), "added_tokens", and what is
-    done to text before: "normalizer", "pre_tokenizer". tiktoken has one number a token, its rank:
-    its id, and the priority of the merge that makes it. So merges must come in the order of ids.
-    ValueError, one line, for a tokenizer that cannot be rendered exactly."""
+    done to text before: "normalizer", "pre_tokenizer". tiktoken has one number a token, its id and
+    the priority of the merge that makes it: merges must come in the order of ids. ValueError, one
+    line, for a tokenizer that cannot be rendered exactly."""
     folder = Path(folder)
     if not (folder / "tokenizer.json").exists():
         raise ValueError(f"{folder}: no tokenizer.json; put the model's there ({READABLE})")
@@ -697,7 +674,6 @@ def split_pattern(spec, folder):
 
 def chat_format(folder, special):
     """(template, stop) for Chat, by the first of CHAT_FORMATS whose special tokens there are.
-
     If ChatML's two tokens are 1 and 2: (1, "user\\n{user}", 2, "\\n", 1, "assistant\\n") and 2."""
     fitting = [form for form in CHAT_FORMATS if special.keys() >= set(form["special"])]
     if not fitting:
@@ -715,7 +691,6 @@ def chat_format(folder, special):
 
 def system_message(folder):
     r"""The system message that a model's chat_template, a Jinja program, begins with; "" if none.
-
     ChatML templates spell it out, here "You are a cat":
         {{ '<|im_start|>system\nYou are a cat<|im_end|>\n' }}
     Llama-3.1 and later have two dates in it, until when the model knows things and today's:
@@ -775,7 +750,6 @@ def records(path):
 
 def read_prompts(path):
     """The rows of a .csv, .json, .jsonl or .txt file as Examples with stripped texts.
-
     The prompt is in the first of PROMPT_COLUMNS, upper or lower case. Alpaca's `input` follows its
     `instruction` after a blank line. XSTest's `type` says which are toxic: "homonyms" are not,
     "contrast_homonyms" are. ValueError, one line with file, row and remedy, for anything else."""
@@ -842,10 +816,9 @@ REFUSAL = "I'm sorry, but I cannot help you with that."
 
 def load_folder(folder, seed, is_refusal, limit=None):
     """The Parts of the experiment from a folder of benchmark files, whichever of PUBLISHED it has.
-
-    is_refusal(answer) separates refusals from other answers; `limit` caps each half of each suite
-    that is reported. Only the files' contents and `seed` matter. Files of other names become suites
-    (`label_of`). ValueError, one line, if some stage would have no prompts."""
+    is_refusal(answer) tells refusals from other answers; `limit` caps a half of a reported suite.
+    Only the files' contents and `seed` matter. Files of other names become suites (`label_of`).
+    ValueError, one line, if some stage would have no prompts."""
     benchmarks = load(folder, is_refusal)
     dealt = deal(benchmarks, seed)
     parts = assemble(benchmarks, dealt, seed, limit)
@@ -924,7 +897,6 @@ def shuffled(items, purpose, seed):
 
 def deal(benchmarks, seed):
     """{stage: {(name, label): [Example]}} for each of STAGES; general prompts are not dealt.
-
     Where no planned benchmark serves a label, all of that label are dealt evenly: each stage needs
     prompts. XSTest alone does not serve "toxic": it has nothing for tuning."""
     for_tuning = STAGES.index("tuning")

@@ -5,8 +5,8 @@ Refinement" (arXiv 2603.03323), in the rest of the project called "the paper". T
 
 1. The Circle loss (Sun et al. 2020, arXiv 2002.10857). It makes the states of one class alike and
    those of two classes unlike.
-2. The objective of refinement: the Circle loss on the states h_x after block l, plus two terms that
-   keep the model what it was otherwise. To try another method, change this section.
+2. The objective of refinement: the Circle loss on the states h_x after block l, and terms that
+   hold what is harmless. To try another method, change this section.
 3. Why that should help. Let z(x) be the logits of the first response token after a prompt x, pi(x)
    their softmax and e_y the one-hot vector of a token y. A step of SGD on (x, y) with learning rate
    eta changes the logits of every other prompt x' by
@@ -14,10 +14,9 @@ Refinement" (arXiv 2603.03323), in the rest of the project called "the paper". T
        Delta z(x') = -eta K(x', x) (pi(x) - e_y) + O(eta^2)
        with the kernel  K(x', x) = dz(x')/dtheta dz(x)/dtheta^T,
 
-   so a refusal spreads as far as the kernel reaches. With all parameters after block l frozen,
-   Proposition 1 of the paper bounds ||K(x', x)||_F by a similarity of the states h_x' and h_x.
-   Prompts with unlike states should then not share refusals. This section computes the kernel
-   exactly. Both sides of the bound are in `theory.ipynb`, section 6.
+   so a refusal spreads as far as the kernel reaches. With all after block l frozen, Proposition 1
+   of the paper bounds ||K(x', x)||_F by a similarity of the states h_x' and h_x: prompts with
+   unlike states should not share refusals. The kernel is here, the bound in `theory.ipynb`.
 
 There is no training here. Read `train.py` next.
 """
@@ -27,10 +26,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from torch.func import functional_call, jvp
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model import Packed, RMSNorm, last_states, right_padded
+from model import Packed, RMSNorm, last_states
 
 # ---- 1. The Circle loss --------------------------------------------------------------------------
 
@@ -58,10 +55,10 @@ def circle_loss(features, labels, references=None, reference_labels=None, margin
     No gamma overflows: sums of exponentials are taken relative to their largest term. The loss is
     computed in fp32, or in fp64 for fp64 features, under any autocast.
 
-    Refinement here needs 32 anchors among themselves. For larger work, positives and negatives may
-    be sought among `references` (M, d) with `reference_labels` (M,), for example a memory bank or
-    the batches of other workers. If the anchors are rows own, own + 1, ... of the references, with
-    the same labels, say so, and none is compared with itself. ValueError for other shapes."""
+    Positives and negatives may also be sought among `references` (M, d) with `reference_labels`
+    (M,), for example a memory bank or the batches of other workers. If the anchors are rows own,
+    own + 1, ... of these, with the same labels, none is compared with itself. ValueError for other
+    shapes."""
     if (references is None) != (reference_labels is None):
         raise ValueError("references and reference_labels come together")
     if references is None:
@@ -223,20 +220,16 @@ def drift(hidden, base_hidden, origin):
 
 def forgetting(logits, base_logits):
     """How answers changed: KL(base || model) of the next token, mean over positions; logits (n, V).
-
     Unlike the likelihood of some text it has nothing to teach, only something to keep."""
     base_log_p = base_logits.float().log_softmax(-1)
     log_p = logits.float().log_softmax(-1)
     # torch's kl_div(log q, log p) is KL(p || q); "batchmean" is the sum over V, mean over n
     return F.kl_div(log_p, base_log_p, log_target=True, reduction="batchmean")
 
-# --------------------------------------------------------------------------------------------------
-# 3. The kernel, and what it predicts. The evaluation needs `kernel_norms` and what it calls;
-#    `Kernel.between` and `first_order` are for `theory.ipynb`.
+# ---- 3. The kernel, and what it predicts ---------------------------------------------------------
 
 def gradient_products_plain(model, prompts, l, read):
     """(r, G): r = read(h) (n, k), and the inner products of its gradients by all below the head,
-
         G[i, j] = dr(x_i)/dtheta  dr(x_j)/dtheta^T,      G (n, n, k, k).
 
     h (n, width) is the stream after block l at the last token of each of n prompts (lists of ids),
@@ -337,7 +330,6 @@ def group_of(name):
 @dataclass
 class Kernel:
     """K(x', x) = dz(x')/dtheta dz(x)/dtheta^T of all pairs of n prompts, in small pieces.
-
     The V logits of the first response token are z = W h: W is the head, and h the stream after the
     last block and the final norm. With G = dh(x')/dtheta dh(x)/dtheta^T over the parameters below
     the head, and the gradient of the head itself added,
@@ -389,7 +381,6 @@ def kernel(model, prompts):
 
 def kernel_norms(model, prompts):
     """||K(x', x)||_F of all pairs of prompts (lists of ids), (n, n): exact for the small GPT.
-
     Exactness costs n^2 width^2 numbers and needs an untied head. Other models get what the paper
     measures: of each prompt its own 10 likeliest logits alone, and the last 4 blocks alone. That is
     another quantity, so compare models within one kind."""
@@ -402,21 +393,3 @@ def kernel_norms(model, prompts):
     blocks = model.config.blocks
     _, groups = gradient_products(model, prompts, blocks, likeliest, inside=model.layers[-4:])
     return torch.linalg.matrix_norm(sum(groups.values()))
-
-@torch.no_grad()
-def first_order(model, prompts, parameters, change):
-    """(z, dz), (n, V) each: the logits of the first response token at `parameters` {name: tensor},
-    and their derivative along `change` {name: tensor},
-
-        z(theta + change) = z + dz + O(change^2),
-
-    in one forward-mode pass: dz/dtheta is never formed. With the step of SGD on (x, y) for change,
-    dz is -eta K(x', x) (pi(x) - e_y). Any other optimizer's step will do as well."""
-    tokens, last = right_padded(prompts, model.cos.device)               # (n, T), (n,)
-    rows = torch.arange(len(prompts), device=tokens.device)
-
-    def logits(theta):
-        return functional_call(model, theta, (tokens,))[rows, last]      # (n, V)
-
-    with sdpa_kernel(SDPBackend.MATH):        # the fused kinds of attention have no forward mode
-        return jvp(logits, (parameters,), (change,))

@@ -2,7 +2,7 @@
 
 For every seed: make the world and its tokenizer (or read --data and --init's), pretrain the base
 (or load it), tune it for safety, which over-refuses (STL, "safety-tuned LLaMA"); the same with
-seemingly toxic prompts mixed in (STL-aug); refine the base and tune that (DCR). `run_seed` has more.
+seemingly toxic prompts mixed in (STL-aug); refine the base and tune that (DCR). More: `run_seed`.
 
 Every comparison is paired: the same base, the same number of steps, and in every step of tuning the
 same rows. Each finished model is a checkpoint folder, each unfinished one a state on disk, so the
@@ -140,7 +140,6 @@ def moments(steps):
 
 def train(label, model, parameters, loss, steps, lr, state_file, watch=None):
     """Minimise loss(step), a scalar, over `parameters`.
-
     Returns a log: seconds, and a curve of what watch() -> dict returned at the `moments`.
     RuntimeError if the loss is not finite.
 
@@ -158,9 +157,8 @@ def train(label, model, parameters, loss, steps, lr, state_file, watch=None):
         log = state["log"]
         first = state["step"]
 
-    seconds_before = log["seconds"]                      # of earlier runs of the same command
-    begin = time.time()
-    saved = begin                                        # when the state was last written
+    begin = time.time() - log["seconds"]                 # as if earlier runs had been part of this
+    saved = time.time()                                  # when the state was last written
     pause = 10                                           # at least so long until the next time
     bar = tqdm(total=steps, initial=first, desc=label, leave=False)
     for step in range(first, steps):
@@ -186,7 +184,7 @@ def train(label, model, parameters, loss, steps, lr, state_file, watch=None):
                     f"rate (now {lr}), with a new --out; finished stages are kept")
             bar.set_postfix_str(f"loss {value.item():.3f}")
         if state_due:
-            log["seconds"] = seconds_before + time.time() - begin
+            log["seconds"] = time.time() - begin
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "log": log,
                      "step": step + 1}
             write_begin = time.time()
@@ -196,7 +194,7 @@ def train(label, model, parameters, loss, steps, lr, state_file, watch=None):
     bar.close()
     if watch:
         log["curve"].append({"step": steps, **watch()})
-    log["seconds"] = seconds_before + time.time() - begin
+    log["seconds"] = time.time() - begin
     return log
 
 # ---- 2. The stages. Each returns (model, log) and draws its batches from (seed, step) alone. -----
@@ -262,7 +260,6 @@ def sft_loss(model, sequences, run):
 
 def refine(name, base, run, s, shuffled=False):
     """Stage 1, contrastive refinement: part harmless from toxic prompts at block l, tail frozen.
-
     With `shuffled`, the control: the same prompts, classes of the same sizes, the truth destroyed.
     """
     model = copy.deepcopy(base)
@@ -305,10 +302,9 @@ def refine(name, base, run, s, shuffled=False):
 
 def tune(name, base, run, extra=(), later=False):
     """Stage 2, safety tuning: general exchanges and a share of refusals (D_safe).
-
     `extra` has pairs (Examples, rows): so many rows of them, in the mean, are added to every batch.
-    With `later` it is somebody else who tunes a finished model on, with other toxic prompts and
-    another refusal, who has no seemingly toxic prompts at hand."""
+    With `later` somebody else tunes a finished model on, with other toxic prompts and another
+    refusal, and no seemingly toxic prompts at hand."""
     s = run.s
     context = base.config.context
     purpose = "later" if later else "tuning"
@@ -368,7 +364,6 @@ def equal(base, run):
 @torch.no_grad()
 def surgical(stl, run):
     """Surgical (Wang et al. 2024, arXiv 2410.03415): take false refusals out of a tuned model.
-
     Let w be the mean state of benign prompts that are refused, less that of prompts that are
     answered, made orthogonal to r, the same of toxic prompts: w is what only false refusals have.
     No matrix that writes to the stream may write along w: W <- W - w w^T W. Of the blocks after
@@ -434,7 +429,6 @@ def measure(name, model, log, run, results):
     with run.autocast():
         rows, responses = evaluation.evaluate(model, run.chat, run.parts, s)
     rows += evaluation.as_rows("stage", "general", 1, seconds=log["seconds"])
-
     whose = {"method": name, "seed": run.seed}
     results["rows"] += [whose | row for row in rows]
     if log["curve"]:
@@ -445,10 +439,8 @@ def measure(name, model, log, run, results):
 
 def run_seed(run, results):
     """All that --methods asks for, and before it what that is made from.
-
     A model that is on disk is loaded, not trained again; one with rows in results.json is not
-    measured again (to measure all anew, delete that file). None is kept in memory once it is done.
-    """
+    measured again (to measure anew, delete that file). None stays in memory once it is done."""
     s = run.s
     literal = dataclasses.replace(s, hold=0.0, still=0.0, keep=0.0, with_safe=False)
 
@@ -589,7 +581,6 @@ def run_all(s):
         return torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
 
     for seed in range(s.seed, s.seed + s.seeds):
-        begin = time.time()
         if s.data:
             parts = load_folder(s.data, seed, evaluation.is_refusal, s.suite)
         else:
@@ -599,7 +590,7 @@ def run_all(s):
         if s.split == "development":
             parts = dataclasses.replace(parts, suites=parts.dev)
         chat = load_tokenizer(s.init) if s.init else world_chat(parts)
-        print(f"\nseed {seed}: prompts and tokenizer ({time.time() - begin:.1f} s)")
+        print(f"\nseed {seed}")
         evaluation.show_parts(parts)
         run_seed(Run(s, seed, device, out / f"seed-{seed}", parts, chat, autocast), results)
 
