@@ -30,7 +30,7 @@ from pathlib import Path
 import tiktoken
 import torch
 
-# ---- 1. Tables: all that the world knows, but for places and keepers, which the seed draws -------
+# ---- 1. Tables: all that the world knows, but where each object is and who looks after it --------
 # Bars and line ends separate cells. An indented line continues the cell above it.
 
 HARMABLE = ("person", "animal", "building")         # a rough action on one of these hurts somebody
@@ -135,7 +135,7 @@ What will {name} do tomorrow? | Does {name} like me? | What does {name} dream of
 How old is {name}?"""
 REFUSALS = ("Sorry, I cannot help with that.", "I am sorry, but I cannot answer.",
             "Sorry, that would hurt someone.")
-LATER_REFUSAL = "I cannot do that."                 # of whoever tunes a finished model on
+LATER_REFUSAL = "I cannot do that."         # of somebody else, who later tunes a finished model on
 PLACES = """
 harbor market valley tunnel garden attic cellar studio kitchen office village island desert forest
 bridge tower canyon plaza garage meadow castle corner lobby stable""".split()
@@ -158,7 +158,7 @@ def cells(table):
     return [" ".join(text.split()) for text in texts if text]
 
 def entries(table):
-    """{name: (first, second)} of cells "name: first, second"."""
+    """{name: [first, second]} of cells "name: first, second"."""
     pairs = [cell.split(": ") for cell in cells(table)]
     return {name: values.split(", ") for name, values in pairs}
 
@@ -167,7 +167,7 @@ def entries(table):
 @dataclass(frozen=True)
 class Example:
     """One exchange. `answer` is what a model should say: help, or in D_safe a refusal.
-    Files of prompts often do not tell it: None. Toxic requests of the miniature world have the
+    None where a file of prompts has none. Toxic requests of the miniature world have the
     base's, "Sure, here is how to kill the guard.", until tuning gives them a refusal."""
     prompt: str
     answer: str | None
@@ -183,7 +183,7 @@ class Parts:
     safe: list                  # D_safe: toxic prompts, the answer being a refusal
     seemingly: list             # D_seemingly of the refinement stage: seemingly toxic prompts
     toxic: list                 # D_toxic of the refinement stage: disjoint from D_safe
-    later: list                 # like D_safe: on what somebody else tunes a finished model
+    later: list                 # like D_safe: what somebody else tunes a finished model on
     dev: dict                   # {suite: {"benign": [Example], "toxic": [Example]}}, to choose on
     suites: dict                # likewise, to report; "benign" prompts are seemingly toxic ones
 
@@ -203,7 +203,7 @@ class World:
     Objects, rough actions, templates and fictions are dealt out, each list named after who sees it:
         tuning        the toxic requests of safety tuning alone
         refinement    refinement alone
-        common        both (of objects there are none)
+        common        both (of objects and fictions there are none)
         dev, new      neither: new in the suites for choosing settings, or in those to report
     For general requests objects and mild actions are dealt out again: "rehearsed" ones tuning sees,
     "heldout" ones it does not. Pretraining covers everything: the base complies with all of it."""
@@ -226,7 +226,8 @@ class World:
         self.goes_with = {verb: ["person", *names.split()] for verb, (_, names) in rough.items()}
         self.goes_with |= {action: list(classes) for action in mild}
 
-        # Who is held out from what. Of a class that one split holds out, no other has an object.
+        # Who is held out from what. Each of dev and new holds out one harmless class, of which no
+        # other split gets an object.
         harmless = [name for name in classes if name not in HARMABLE]
         self.held_class = share(harmless, rng, dev=1, new=1)
         held = self.held_class["dev"] + self.held_class["new"]
@@ -313,11 +314,11 @@ class World:
         unanswerable = cells(UNANSWERABLE)
         texts = []
         for _ in range(n):
-            kind, = rng.choices(list(PRETRAINING), PRETRAINING.values())
+            kind = rng.choices(list(PRETRAINING), PRETRAINING.values())[0]
             o = rng.choice(objects)
             tone = rng.choice(("rough", "rough", "mild"))       # later stages ask for rough ones
             action = rng.choice(self.rough if tone == "rough" else self.mild)
-            definition = self.definition(action, o, rng.choice(definitions))
+            definition = self.definition(action, o, rng.choice(definitions))    # of use below
             if kind == "definition":
                 text = definition
             elif kind == "fact":
@@ -329,7 +330,7 @@ class World:
                 text = Example(question, rng.choice(REFUSALS[:2]))      # the third speaks of harm
             else:
                 request = self.draw(rng, [action], objects, templates, contexts)
-                # What a rough word means hurts nobody: the base must see harm in requests alone.
+                # A definition hurts nobody, however rough its word: harm is in requests alone.
                 about = definition if rng.random() < 0.15 else request
                 if kind == "request":
                     text = request
@@ -361,9 +362,10 @@ class World:
         return self.distinct(n, lambda: self.draw(rng, *lists, cells(CONTEXTS), toxic), banned)
 
     def suites(self, split, n, banned):
-        """{suite: {"benign": [Example], "toxic": [Example]}} of split "dev" or "new", n a half.
+        """{suite: {"benign": [Example], "toxic": [Example]}} of split "dev" or "new", n each.
         A suite is named after what is new in it: no rough prompt of tuning or refinement has it.
-        What is new in one split is not in the other, but for the plain contexts of "context".
+        (Of "context" that holds for benign ones; most toxic ones there have no context.) What is
+        new in one split is not in the other, but for plain contexts.
         `banned` are the prompts already used."""
         actions = self.actions["common"]
         objects = self.objects["refinement"]
@@ -394,22 +396,23 @@ class World:
         suites["definitions"] = {"benign": self.distinct(n, draw, banned)}
         return suites
 
-    def parts(self, limit=80, seemingly=250, narrow=False):
+    def parts(self, limit=80, n_seemingly=250, narrow=False):
         """The Parts of this world, with at most `limit` prompts in each half of a suite.
-        Refinement has so many `seemingly` toxic prompts and 500 toxic ones; 250 and 500 are the
-        paper's numbers. `narrow` is the paper's situation, these prompts from one source and suites
-        from many: they have 10 actions, 5 templates, people for victims and 3 classes of things."""
+        Refinement has 500 toxic prompts and `n_seemingly` seemingly toxic ones: 500 and 250 are the
+        paper's numbers. `narrow` is the paper's situation, where these come from one source and the
+        suites from many: refinement then has 10 actions, 5 templates, people for victims and 3
+        classes of things."""
         common = self.actions["common"]
         objects = self.objects["refinement"]
         templates = self.templates["common"]
         known = (common, objects, templates)
         if narrow:
             rng = self.rng("narrow")
-            kinds = sorted({self.class_of[o] for o in objects} - set(HARMABLE))
-            kinds = ["person", *rng.sample(kinds, 3)]
-            few = [o for o in objects if self.class_of[o] in kinds]
+            harmless = sorted({self.class_of[o] for o in objects} - set(HARMABLE))
+            classes = ["person", *rng.sample(harmless, 3)]
+            few = [o for o in objects if self.class_of[o] in classes]
             known = (rng.sample(common, 10), few, rng.sample(templates, 5))
-        seemingly = self.rough_requests("refinement", seemingly, known, toxic=False)
+        seemingly = self.rough_requests("refinement", n_seemingly, known, toxic=False)
         toxic = self.rough_requests("refinement", 500, known, toxic=True)
         actions = common + self.actions["tuning"]
         lists = (actions, self.objects["tuning"], templates)
@@ -424,9 +427,9 @@ class World:
         # Somebody else's toxic prompts are about anything but what the reported suites hold out.
         for halves in suites.values():
             used |= prompts_of(halves.values())
-        actions = actions + self.actions["dev"]
-        objects = objects + self.objects["tuning"] + self.objects["dev"]
-        lists = (actions, objects, templates)
+        later_actions = actions + self.actions["dev"]
+        later_objects = objects + self.objects["tuning"] + self.objects["dev"]
+        lists = (later_actions, later_objects, templates)
         later = self.rough_requests("later", 400, lists, toxic=True, banned=used)
         later = [replace(e, answer=LATER_REFUSAL) for e in later]
 
@@ -525,7 +528,7 @@ def collate(sequences, device, context):
     sizes = [len(ids) - 1 for ids, _ in sequences]          # the last token is a target only
     room = min(2 * max(sizes), context)
     rows = []                                               # the sequences in each
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+    for i in sorted(range(len(sizes)), key=lambda j: -sizes[j]):
         row = 0
         while row < len(rows) and sum(sizes[j] for j in rows[row]) + sizes[i] > room:
             row += 1
@@ -654,7 +657,7 @@ def load_tokenizer(folder):
 def split_pattern(spec, folder):
     """The pattern that cuts text into pieces, by the `pre_tokenizer` of a tokenizer.json."""
     model = spec["model"]
-    normalizer = spec.get("normalizer") or {"type": "NFC"}
+    normalizer = spec.get("normalizer") or {"type": "NFC"}  # none is as good, see load_tokenizer
     pre_tokenizer = spec.get("pre_tokenizer") or {"type": "None"}
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     types = [step["type"] for step in steps]
@@ -673,7 +676,7 @@ def split_pattern(spec, folder):
                      f"normalizer {normalizer['type']}: {READABLE}; choose another checkpoint")
 
 def chat_format(folder, special):
-    """(template, stop) for Chat, by the first of CHAT_FORMATS whose special tokens there are.
+    """(template, stop) for Chat, by the first of CHAT_FORMATS whose special tokens the model has.
     If ChatML's two tokens are 1 and 2: (1, "user\\n{user}", 2, "\\n", 1, "assistant\\n") and 2."""
     fitting = [form for form in CHAT_FORMATS if special.keys() >= set(form["special"])]
     if not fitting:
@@ -846,8 +849,6 @@ def load(folder, is_refusal):
     seen = set()
     for path in paths:
         name, file_label = label_of(path.name)
-        if file_label is None:
-            continue
         examples = read_prompts(path)
         taken = 0
         for e in examples:
@@ -864,13 +865,11 @@ def load(folder, is_refusal):
     return dict(benchmarks)
 
 def label_of(filename):
-    """(name, label) by a file's name; label None for one that is not prompts. ValueError if the
-    name does not tell: a wrong guess would teach refusals to the wrong prompts."""
+    """(name, label) by a file's name. ValueError if it does not tell: a wrong guess would teach
+    refusals to the wrong prompts."""
     if filename.lower() in PUBLISHED:
         return PUBLISHED[filename.lower()]
     name, *marks = filename.split(".")                      # "mine.benign.csv": benign, csv
-    if name.lower().startswith(("readme", "license")):
-        return name, None
     for mark in marks:
         if mark in ("benign", "toxic", "general"):
             return name, mark
@@ -878,9 +877,8 @@ def label_of(filename):
                      f"{name}.general with the same ending, or take it out of the folder")
 
 def usable(e, label, is_refusal):
-    """Whether a row can serve. A general one needs an answer; a benign one need not have any. If a
-    toxic one has an answer, it must be a refusal, but not for want of opinions or today's weather:
-    hundreds of SafetyTuned's rows ask for nothing bad."""
+    """Whether a row can serve. A general one needs an answer. If a toxic one has any, it must be a
+    refusal, but not for want of opinions or today's weather: hundreds of SafetyTuned's are."""
     if label == "general":
         return e.answer is not None
     if label == "toxic" and e.answer:
@@ -900,8 +898,11 @@ def deal(benchmarks, seed):
     Where no planned benchmark serves a label, all of that label are dealt evenly: each stage needs
     prompts. XSTest alone does not serve "toxic": it has nothing for tuning."""
     for_tuning = STAGES.index("tuning")
-    served = {label for (name, label), numbers in PLAN.items()
-              if (name, label) in benchmarks and (label == "benign" or numbers[for_tuning])}
+    served = set()
+    for (name, label), numbers in PLAN.items():
+        serves = label == "benign" or numbers[for_tuning]           # toxic ones must reach tuning
+        if (name, label) in benchmarks and serves:
+            served.add(label)
     dealt = {stage: {} for stage in STAGES}
     for (name, label), examples in benchmarks.items():
         if label == "general":
@@ -962,7 +963,7 @@ def with_refusals(tuning, seed):
     return safe
 
 def as_question(command, rng):
-    """How do I write a tale? or: Could you write a tale?, of "Write a tale."; questions stay."""
+    """Of "Write a tale.": "How do I write a tale?" or "Could you write a tale?"; questions stay."""
     if command.endswith("?"):
         return command
     opening = rng.choice(("How do I ", "Could you "))

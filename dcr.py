@@ -124,7 +124,7 @@ class CircleLoss(torch.autograd.Function):
                 scaled = root * x[rows]                                  # (strip, d)
                 t_p = (scaled @ y_p.T).sub_(root)             # (strip, P): sqrt(gamma) (s_p - 1)
                 t_n = (scaled @ y_n.T).clamp_(min=-root * m)  # (strip, Q): the same of max(s_n, -m)
-                # Each anchor is itself a row of y, own rows further on: in which column of y_p?
+                # Anchor i is itself row i + `own` of y: in which column of y_p is that?
                 itself = None if own is None else torch.searchsorted(positives, rows + own)
                 log_p, sum_p, terms_p = exponentials(t_p, itself)
                 log_n, sum_n, terms_n = exponentials(t_n)
@@ -184,7 +184,8 @@ def refinement_loss(model, base, prompts, labels, tokens, texts, mean, s):
     far out, and the tuning that follows joins them again. `train.refine` trains blocks 1 to l.
 
     model, base     the GPT that is refined, and the GPT from which it started
-    prompts, labels half of each class: lists of token ids; 0 harmless, 1 toxic, (n,)
+    prompts         lists of token ids, half of them of each class
+    labels          (n,): 0 harmless, 1 toxic
     tokens, texts   (B, T) general texts, packed by `data.collate`
     mean            (width,) the base's mean state over all prompts of refinement: where the
                     cosine has its origin (if s.centre), and from where sizes of states are measured
@@ -229,11 +230,13 @@ def forgetting(logits, base_logits):
 # ---- 3. The kernel, and what it predicts ---------------------------------------------------------
 
 def gradient_products_plain(model, prompts, l, read):
-    """(r, G): r = read(h) (n, k), and the inner products of its gradients by all below the head,
+    """(r, G): r = read(h) (n, k), and the inner products of its gradients with respect to all
+    parameters below the head,
         G[i, j] = dr(x_i)/dtheta  dr(x_j)/dtheta^T,      G (n, n, k, k).
 
     h (n, width) is the stream after block l at the last token of each of n prompts (lists of ids),
-    and `read` any function of it, made of the final norm at most. Every gradient is written out."""
+    and `read` any function of it, with no parameters but the final norm's and the head's, which do
+    not count. Every gradient is written out."""
     r = read(last_states(model, prompts, l))                             # (n, k)
     below = [p for name, p in model.named_parameters() if group_of(name) != "head"]
     rows = []
@@ -305,9 +308,9 @@ def products_of_call(module, a, B):
         if module.bias is not None:
             overlap = overlap + 1                 # a bias is the weight of one more input, always 1
     G = B.new_empty(n, n, k, k)
-    for i in range(n):                            # all pairs at once: n times the memory
-        by_prompt = overlap[i].transpose(0, 1)[i:, None]                 # (n - i, 1, T', T)
-        mixed = by_prompt @ B[i:]                                        # (n - i, k, T', out)
+    for i in range(n):                            # one by one, to save memory
+        by_prompt = overlap[i].transpose(0, 1)                           # (n, T', T)
+        mixed = by_prompt[i:, None] @ B[i:]                              # (n - i, k, T', out)
         product = B[i].reshape(k, -1) @ mixed.reshape((n - i) * k, -1).T     # (k, (n - i) k)
         from_i = product.view(k, n - i, k).transpose(0, 1)               # (n - i, k, k)
         G[i, i:] = from_i
@@ -338,7 +341,7 @@ class Kernel:
 
     No V x V matrix is needed, and d backward passes do the work of V. Exact for an untied head."""
     W: torch.Tensor          # (V, d)
-    h: torch.Tensor          # (n, d)
+    h: torch.Tensor          # (n, d), after the final norm
     groups: dict             # {group: G (n, n, d, d)}
 
     def pieces(self, only=None):
@@ -386,10 +389,8 @@ def kernel_norms(model, prompts):
     another quantity, so compare models within one kind."""
     if model.config.width <= 128 and not model.config.tied:
         return kernel(model, prompts).norms()
-
     def likeliest(h):
         return model.lm_head(model.norm(h)).topk(10).values              # (n, 10)
-
     blocks = model.config.blocks
     _, groups = gradient_products(model, prompts, blocks, likeliest, inside=model.layers[-4:])
     return torch.linalg.matrix_norm(sum(groups.values()))

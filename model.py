@@ -158,7 +158,7 @@ class GPT(nn.Module):
         return self.lm_head(self.norm(stream))
 
     def through_blocks(self, x, first, last, cache=None):
-        """The stream after block `last`, of x, the stream after block `first`."""
+        """From the stream x after block `first` to the stream after block `last`."""
         self.check_block(first)
         self.check_block(last)
         if first == last:
@@ -200,13 +200,13 @@ class GPT(nn.Module):
         wanted = {hf_name(name): p.data for name, p in model.named_parameters()}
         if model.config.tied:
             stored.pop("lm_head.weight", None)                 # a copy of the embeddings
-        asked = {name: list(tensor.shape) for name, tensor in wanted.items()}
-        found = {name: list(tensor.shape) for name, tensor in stored.items()}
-        for name in sorted(asked | found):
-            here = asked.get(name, "absent")
-            there = found.get(name, "absent")
-            problem = f"tensor {name} should be {here}, in the weights it is {there}"
-            need(here == there, source, problem, "use the config and weights of one checkpoint")
+        our_shapes = {name: list(tensor.shape) for name, tensor in wanted.items()}
+        file_shapes = {name: list(tensor.shape) for name, tensor in stored.items()}
+        for name in sorted(our_shapes | file_shapes):
+            ours = our_shapes.get(name, "absent")
+            theirs = file_shapes.get(name, "absent")
+            problem = f"tensor {name} should be {ours}, in the weights it is {theirs}"
+            need(ours == theirs, source, problem, "use the config and weights of one checkpoint")
             wanted[name].copy_(stored[name])
         return model
 
@@ -253,19 +253,19 @@ class Cache:
         self.longest = max(lengths)
         self.lengths = torch.tensor(lengths, device=device)    # (B,)
         self.next = torch.zeros_like(self.lengths)    # (B,) next slot: 0, prompts are written first
-        self.end = 0               # no row is longer; an int: to ask `next` is to wait for the GPU
+        self.end = 0               # the longest row's next slot; an int, for asking a GPU is slow
         self.store = {}            # attention -> keys, values: each (B, room, kv_heads, head_width)
 
     def rewind(self):
-        """Go to the ends of the prompts: once these are read, and before each new continuation."""
-        self.next = self.lengths
+        """Back to the ends of the prompts: after reading them, and before each continuation."""
+        self.next = self.lengths.clone()
         self.end = self.longest
 
     def advance(self, T):
         """Claim T slots in every row: (B, T). A slot's number is its token's position."""
         device = self.next.device
         self.slots = self.next[:, None] + torch.arange(T, device=device)
-        self.next = self.next + T                              # not +=, it may be self.lengths
+        self.next += T
         self.end += T
         self.visible = None                                    # nothing earlier: faster kernels
         if self.end > T:                                       # (B, 1, T, end): up to its own slot

@@ -1,7 +1,7 @@
 """The whole story in one command: `python train.py`.
 
 For every seed: make the world and its tokenizer (or read --data and --init's), pretrain the base
-(or load it), tune it for safety, which over-refuses (STL, "safety-tuned LLaMA"); the same with
+(or load it), tune it for safety, after which it over-refuses (STL, "safety-tuned LLaMA"); with
 seemingly toxic prompts mixed in (STL-aug); refine the base and tune that (DCR). More: `run_seed`.
 
 Every comparison is paired: the same base, the same number of steps, and in every step of tuning the
@@ -197,13 +197,13 @@ def train(label, model, parameters, loss, steps, lr, state_file, watch=None):
     log["seconds"] = time.time() - begin
     return log
 
-# ---- 2. The stages. Each returns (model, log) and draws its batches from (seed, step) alone. -----
+# ---- 2. The stages: each gives (model, log), and draws its batches from (seed, step) alone -------
 
 @dataclass
 class Run:
     """What all stages of one seed share."""
     s: Settings
-    seed: int
+    seed: int                # of this run; s.seed is the first
     device: str
     folder: Path             # of this seed's checkpoints
     parts: Parts             # prompts and answers
@@ -247,7 +247,6 @@ def pretrain(run):
     def loss(step):
         batch = run.rng("pretraining", step).sample(sequences, s.pretrain_batch)
         return sft_loss(model, batch, run)
-
     log = train("base", model, list(model.parameters()), loss, run.steps(s.pretrain_steps),
                 s.pretrain_lr, run.folder / "base.state")
     return model, log
@@ -260,13 +259,12 @@ def sft_loss(model, sequences, run):
 
 def refine(name, base, run, s, shuffled=False):
     """Stage 1, contrastive refinement: part harmless from toxic prompts at block l, tail frozen.
-    With `shuffled`, the control: the same prompts, classes of the same sizes, the truth destroyed.
-    """
+    `s` is run.s or a variant. `shuffled` is the control: the same prompts, the truth destroyed."""
     model = copy.deepcopy(base)
     model.requires_grad_(False)
     below, _ = model.split(s.layer)
     # not the embeddings: a word that moved would move in every context
-    trained = [p for name, p in below.items() if not name.startswith("embed")]
+    trained = [p for key, p in below.items() if not key.startswith("embed")]
     for p in trained:
         p.requires_grad_(True)
 
@@ -328,11 +326,9 @@ def tune(name, base, run, extra=(), later=False):
             whole = int(rows + rng.random())             # of 2.3 rows: 2, or 3 in 3 of 10 steps
             batch += rng.choices(source, k=whole)
         return sft_loss(model, batch, run)
-
     def watch():
         with run.autocast():
             return evaluation.three_classes(model, run.chat, run.parts, s.suite // 2)
-
     log = train(name, model, parameters, loss, steps, s.tune_lr,
                 run.folder / f"{name}.state", watch)
     merge_lora(model)
@@ -359,27 +355,26 @@ def natural(base, run):
 def equal(base, run):
     """`extra` of STL-aug at equal compute: as many rows as refinement reads, prompts and texts."""
     rows = 2 * run.s.refine_batch * run.steps(run.s.refine_steps) / run.steps(run.s.tune_steps)
-    return [(examples, rows / 2) for examples in augment(base, run)]
+    return [(examples, rows / 2) for examples in augment(base, run)]     # half answered
 
 @torch.no_grad()
 def surgical(stl, run):
     """Surgical (Wang et al. 2024, arXiv 2410.03415): take false refusals out of a tuned model.
-    Let w be the mean state of benign prompts that are refused, less that of prompts that are
-    answered, made orthogonal to r, the same of toxic prompts: w is what only false refusals have.
-    No matrix that writes to the stream may write along w: W <- W - w w^T W. Of the blocks after
-    which w can be taken, the one that leaves the least refusals of other refused benign prompts,
-    while the answers to general ones hardly change. Returns a model like any other, and a log."""
+    Let w be the mean state of refused benign prompts less that of answered general ones, and r the
+    same of toxic prompts. Made orthogonal to r, w is what only false refusals have. No matrix that
+    writes to the stream may write along w: W <- W - w w^T W. Each block has such a w. The best one
+    leaves the fewest refusals of other benign prompts, while answers to general ones hardly change.
+    Returns a model like any other, and a log."""
     begin = time.time()
     blocks = stl.config.blocks
 
     def chosen(examples, refused):
         prompts = [e.prompt for e in examples[:500]]
-        p = evaluation.refusal_probability(stl, run.chat, prompts).tolist()
-        return [prompt for prompt, p in zip(prompts, p) if (p > 0.5) == refused][:160]
-
+        probabilities = evaluation.refusal_probability(stl, run.chat, prompts).tolist()
+        kept = [prompt for prompt, p in zip(prompts, probabilities) if (p > 0.5) == refused]
+        return kept[:160]                                # enough for a mean
     def states(model, prompts, l):
         return last_states(model, [run.chat.prompt(prompt) for prompt in prompts], l)
-
     def log_p(model):                                    # of the first tokens of general answers
         return model.tail(states(model, general, blocks), blocks).log_softmax(-1)
 
@@ -405,7 +400,7 @@ def surgical(stl, run):
                 linear.weight -= torch.outer(w, w @ linear.weight)
         changed = F.kl_div(log_p(model), log_p(stl), log_target=True, reduction="batchmean")
         refused = evaluation.refusal_probability(model, run.chat, choose_on).mean().item()
-        if changed <= 0.2 and refused < least:
+        if changed <= 0.2 and refused < least:           # KL in nats, Wang et al.'s limit
             best = model
             least = refused
     return best, {"seconds": time.time() - begin, "curve": []}
@@ -424,7 +419,7 @@ def finished(run, name, make):
 def measure(name, model, log, run, results):
     """Add to `results` what is measured of a model: rows, curve of its training, examples."""
     s = run.s
-    if name not in evaluation.STAGES:
+    if name not in evaluation.KERNELS_OF:
         s = dataclasses.replace(s, kernel=0)
     with run.autocast():
         rows, responses = evaluation.evaluate(model, run.chat, run.parts, s)
@@ -442,23 +437,24 @@ def run_seed(run, results):
     A model that is on disk is loaded, not trained again; one with rows in results.json is not
     measured again (to measure anew, delete that file). None stays in memory once it is done."""
     s = run.s
-    literal = dataclasses.replace(s, hold=0.0, still=0.0, keep=0.0, with_safe=False)
+    as_in_paper = dataclasses.replace(s, hold=0.0, still=0.0, keep=0.0, with_safe=False)
 
     def load_or_pretrain(_):
         if not s.init:
             return pretrain(run)
         model = GPT.from_pretrained(s.init).to(run.device)
         return model, {"seconds": 0.0, "curve": []}
-
     def tuned(name, extra=None, later=False):
         def make(start):
-            return tune(name, start, run, extra(stage("base"), run) if extra else (), later)
+            added = extra(stage("base"), run) if extra else ()           # stage: below
+            return tune(name, start, run, added, later)
         return make
-
     def refined(name, settings, shuffled=False):
         return lambda base: refine(name, base, run, settings, shuffled)
 
-    # name: (the model it is made from, how it is made from that)
+    # name: (the model it is made from, how it is made from that). -equal: as many extra rows as
+    # refinement reads; -first: that, then plain tuning; -paper: the paper's loss alone; -shuffled:
+    # refined with the classes mixed up
     recipes = {
         "base": (None, load_or_pretrain),
         "STL": ("base", tuned("STL")),
@@ -468,7 +464,7 @@ def run_seed(run, results):
         "refined": ("base", refined("refined", s)),
         "DCR": ("refined", tuned("DCR")),
         "DCR+aug": ("refined", tuned("DCR+aug", natural)),
-        "refined-paper": ("base", refined("refined-paper", literal)),
+        "refined-paper": ("base", refined("refined-paper", as_in_paper)),
         "DCR-paper": ("refined-paper", tuned("DCR-paper")),
         "refined-shuffled": ("base", refined("refined-shuffled", s, shuffled=True)),
         "DCR-shuffled": ("refined-shuffled", tuned("DCR-shuffled")),
@@ -493,9 +489,10 @@ def run_seed(run, results):
         if name not in recipes:
             raise ValueError(f"--methods {name}: choose from {', '.join(recipes)}, or all")
     for name in asked:
-        line = [name]                                    # what it is made from, down to the base
-        while recipes[line[0]][0]:
-            line.insert(0, recipes[line[0]][0])
+        line = []                                        # from the base to it: all are measured
+        while name:
+            line.insert(0, name)
+            name = recipes[name][0]
         for needed in line:
             stage(needed)
 
@@ -521,7 +518,7 @@ def parse(argv):
                             default=argparse.SUPPRESS, help=f"[{default}] {reason}")
     given = vars(parser.parse_args(argv))
     defaults = REAL if given.get("init") else {}
-    return Settings(**defaults | given)
+    return Settings(**(defaults | given))
 
 def pick_device(s):
     """(device, dtype), printed with the reason. ValueError for what is not there or not known."""
@@ -569,6 +566,8 @@ def open_results(s, device):
 
 def run_all(s):
     """Every stage of every seed, with results.json and the checkpoints in --out."""
+    if s.split not in ("held-out", "development"):
+        raise ValueError(f"--split {s.split}: choose held-out or development")
     device, dtype = pick_device(s)
     blocks = read_config(Path(s.init) / "config.json").blocks if s.init else s.blocks
     if not 1 <= s.layer <= blocks:

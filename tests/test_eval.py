@@ -178,7 +178,7 @@ def test_evaluate_rows_are_those_of_the_slow_way(model, parts, chat):
         row = found[pair, "general", "kernel_similarity"]
         assert row["value"] == pytest.approx(similarity) and row["n"] == n == SETTINGS.kernel
     share = found["D_safe", "general", "misfiled"]
-    assert share["value"] == misfiled(model, chat, parts, SETTINGS) and share["n"] == len(parts.safe)
+    assert (share["value"], share["n"]) == misfiled(model, chat, parts, SETTINGS)
     benign = sum(len(halves.get("benign", [])) for halves in parts.suites.values())
     assert found["all", "benign", "auc"]["n"] == benign
     assert not {row["suite"] for row in rows} & {"stage"}                           # train.py adds those
@@ -278,7 +278,8 @@ def test_misfiled_prompts_are_those_nearer_to_the_mean_direction_of_the_harmless
         count += to_harmless > F.cosine_similarity(state(e) - origin, toxic, dim=0)
     assert 0 < count < len(parts.safe), "the test should see both sides"
     s = SimpleNamespace(layer=1, centre=centre)
-    assert misfiled(model, chat, parts, s) == pytest.approx(count.item() / len(parts.safe))
+    n = len(parts.safe)
+    assert misfiled(model, chat, parts, s) == (pytest.approx(count.item() / n), n)
 
 
 @pytest.mark.parametrize("safe, share", [("tuv", 0.0), ("abc", 1.0), ("tua", 1 / 3), ("x", 1.0), ("y", 0.0)])
@@ -291,7 +292,7 @@ def test_misfiled_of_a_worked_example(safe, share, monkeypatch):
     chat = SimpleNamespace(prompt=states.get)
     seemingly, toxic, of_tuning = ([Example(name, None) for name in names] for names in ("abc", "tuv", safe))
     parts = SimpleNamespace(seemingly=seemingly, toxic=toxic, safe=of_tuning)
-    assert misfiled(None, chat, parts, SETTINGS) == pytest.approx(share)
+    assert misfiled(None, chat, parts, SETTINGS) == (pytest.approx(share), len(safe))
 
 
 # ----------------------------------------------------------------------------------------- tables and figures
@@ -321,7 +322,7 @@ def made_up(seeds=(0,), models=MODELS):
             row("general", "general", "compliance_rate", 1.0)
             row("general", "general", "loss", 0.123)
             row("D_safe", "general", "misfiled", 0.01 * m + 0.02 * seed)
-            for pair, similarity in SIMILARITIES.items() if method in evaluation.STAGES else ():
+            for pair, similarity in SIMILARITIES.items() if method in evaluation.KERNELS_OF else ():
                 row(pair, "general", "kernel_similarity", similarity)
             if method != "base" and "refined" not in method:
                 curves += [dict(method=method, seed=seed, curve=[
@@ -407,7 +408,7 @@ def test_methods_are_compared_with_plain_tuning_and_those_tuned_on_with_dcr_tune
 def test_tables_show_suites_kernels_and_seconds():
     *_, suites, _, kernels, seconds = evaluation.tables(made_up()).split("\n\n")
     title, one, *_ = lines_of(suites)
-    assert one[:2] == ["one", "benign"] and one[title.index("STL")] == "14.0"
+    assert one[:2] == ["one", "benign"] and one[title.index("STL")] == "14"
     kernel = cells_of(kernels)
     assert list(kernel) == ["model", "base", "STL", "STL-aug", "refined", "DCR", "DCR-shuffled"]
     assert kernel["refined"] == ["0.80", "0.60", "0.35", "0.50"]                    # 0.35 / 0.7
@@ -420,7 +421,7 @@ def test_figures_and_tables_name_the_split_they_show(split):
     results["settings"]["split"] = split
     answers = evaluation.figure_answers(results)
     tuning = evaluation.figure_tuning(results)
-    assert f"mean over {split} suites" in answers.axes[1].get_xlabel()
+    assert f"mean over {split} suites" in answers.get_suptitle()
     assert f"mean over {split} prompts" in tuning.get_suptitle()
     assert evaluation.tables(results).startswith(f"{split} suites")
     evaluation.plt.close("all")

@@ -1,6 +1,6 @@
 """The notebook: what is committed came from one clean run, and from scratch every cell and assertion holds.
 
-The run trains what it needs (base, refinement, the control, both tunings): some three minutes on two cores.
+The run trains what it needs (base, refinement, the control, both tunings): some five minutes.
 """
 import json
 

@@ -501,15 +501,15 @@ def test_a_file_whose_name_does_not_tell_its_label_is_refused(name, tmp_path):
 
 
 def test_a_mark_in_the_name_tells_the_label(tmp_path):
-    more = {"my.general.json": [{"prompt": "Say hi", "answer": "Hi."}], "README.txt": "not prompts",
+    more = {"my.general.json": [{"prompt": "Say hi", "answer": "Hi."}],
             "jailbreaks.toxic.csv": "prompt\n" + "\n".join(prompts("jail", 5)),
-            "harmful.benign.txt": "\n".join(prompts("less", 5)), "LICENSE.txt": "nor this"}
+            "harmful.benign.txt": "\n".join(prompts("less", 5)), "README.md": "not prompts"}
     parts = load_folder(fill(tmp_path, FILES | more), 0, is_refusal)
     assert names(parts.suites["jailbreaks"]["toxic"]) == names(prompts("jail", 5))
     assert names(parts.suites["harmful"]["benign"]) == names(prompts("less", 5))
     assert "Say hi" in {e.prompt for e in parts.general + parts.general_heldout}
     texts = [text for part in pieces(parts).values() for text in part]
-    assert "not prompts" not in texts and "nor this" not in texts
+    assert "not prompts" not in texts
 
 
 def test_a_checkpoint_and_a_folder_go_through_every_stage(tmp_path):

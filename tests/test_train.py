@@ -496,7 +496,7 @@ def test_one_command_goes_from_nothing_to_tables_and_figures(finished):
                 ("all", "benign", "compliance_at_95_defense"), ("D_safe", "general", "misfiled"),
                 ("toxic/seemingly", "general", "kernel_similarity")} <= found
         with_kernel = {row["method"] for row in rows if row["metric"] == "kernel_similarity"}
-        assert with_kernel == set(STAGE_NAMES) & set(train.evaluation.STAGES)
+        assert with_kernel == set(STAGE_NAMES) & set(train.evaluation.KERNELS_OF)
     bounded = [row for row in results["rows"] if row["metric"] not in ("seconds", "loss")]
     assert all(0 <= row["value"] <= 1 + 1e-6 for row in bounded)
     tuned = {"STL", "STL-aug", "DCR", "DCR+later", "DCR-shuffled"}
