@@ -281,8 +281,9 @@ class World:
         return f"Someone asks: {e.prompt} It sounds {tone} and it is {harm}."
 
     def draw(self, rng, actions, objects, templates, contexts, toxic=None):
-        """A request that makes sense, in a context or none; toxic=None takes either class."""
-        while True:
+        """A request that makes sense, in a context or none; toxic=None takes either class. None if
+        there seems to be no such request: a class of objects may go with none of the actions."""
+        for _ in range(10_000):
             action = rng.choice(actions)
             o = rng.choice(objects)
             context = rng.choice(contexts) if rng.random() < 0.5 else ""
@@ -299,6 +300,8 @@ class World:
             if len(found) == n:
                 break
             e = draw()
+            if e is None:
+                break
             if e.prompt not in banned:
                 found[e.prompt] = e
         return list(found.values())
@@ -389,7 +392,9 @@ class World:
             for half in halves:
                 toxic = half == "toxic"
                 draw = lambda: self.draw(rng, *lists, toxic)
-                suites[name][half] = self.distinct(n, draw, banned)
+                examples = self.distinct(n, draw, banned)
+                if examples:
+                    suites[name][half] = examples
         rng = self.rng(f"{split} definitions")
         forms = cells(DEFINITIONS)
         draw = lambda: self.definition(rng.choice(actions), rng.choice(harmable), rng.choice(forms))

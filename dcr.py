@@ -261,10 +261,8 @@ def gradient_products(model, prompts, l, read, inside=None):
     what two prompts have in common going up, times what they have in common coming down. (For whole
     networks see Novak et al. 2022, arXiv 2206.08720: "structured derivatives".)"""
     calls = []                                    # (module, input a, output u), as they ran
-
     def record(module, inputs, output):
         calls.append((module, inputs[0].detach(), output))
-
     hooks = []
     roots = [model] if inside is None else inside
     for root in roots:

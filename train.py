@@ -473,7 +473,6 @@ def run_seed(run, results):
     if run.parts.later:                                  # benchmark files have no such prompts
         for name in ("STL-aug", "STL-aug-equal", "STL-aug-first", "DCR"):
             recipes[name + "+later"] = (name, tuned(name + "+later", later=True))
-
     def stage(name):
         start, make = recipes[name]
         model, log = finished(run, name, lambda: make(stage(start) if start else None))
@@ -575,10 +574,8 @@ def run_all(s):
     out = Path(s.out)
     results = open_results(s, device)
     write_json(out / "results.json", results)
-
     def autocast():
         return torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
-
     for seed in range(s.seed, s.seed + s.seeds):
         if s.data:
             parts = load_folder(s.data, seed, evaluation.is_refusal, s.suite)

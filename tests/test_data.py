@@ -79,6 +79,13 @@ def test_the_sizes_are_those_of_the_paper(whole):
         assert all(e.toxic == (half == "toxic") for half, examples in halves.items() for e in examples)
 
 
+def test_a_suite_that_cannot_be_made_is_left_out():
+    """On seed 30 the held-out class goes with none of the common actions: the search for one must end."""
+    suites = World(30).parts(4).suites
+    assert [name for name, halves in suites.items() if not halves] == ["class"]
+    assert all(examples for halves in suites.values() for examples in halves.values())
+
+
 def test_narrow_refinement_knows_little_and_all_else_stays_wide(world, whole):
     """The paper's situation: prompts of refinement from one source, suites from many others."""
     narrow = World(0).parts(narrow=True)
@@ -95,7 +102,7 @@ def test_narrow_refinement_knows_little_and_all_else_stays_wide(world, whole):
 
 
 def test_fewer_seemingly_toxic_prompts_are_the_first_of_them(whole):
-    few = World(0).parts(seemingly=60)
+    few = World(0).parts(n_seemingly=60)
     assert few.seemingly == whole.seemingly[:60] and few.toxic == whole.toxic
 
 
