@@ -177,7 +177,7 @@ class Example:
 @dataclass(frozen=True)
 class Parts:
     """Everything an experiment needs, from either world; named after the paper's data sets."""
-    pretraining: list           # Examples and plain texts; empty with a checkpoint
+    pretraining: list           # Examples and plain texts; empty with benchmark files
     general: list               # D_general: what safety tuning rehearses
     general_heldout: list       # what it does not
     safe: list                  # D_safe: toxic prompts, the answer being a refusal
@@ -201,8 +201,8 @@ def share(items, rng, **counts):
 class World:
     """The miniature world of one seed: which facts hold, and who is held out from what.
     Objects, rough actions, templates and fictions are dealt out, each list named after who sees it:
-        tuning        the toxic requests of safety tuning alone
-        refinement    refinement alone
+        tuning        only safety tuning, in its toxic requests
+        refinement    only refinement
         common        both (of objects and fictions there are none)
         dev, new      neither: new in the suites for choosing settings, or in those to report
     For general requests objects and mild actions are dealt out again: "rehearsed" ones tuning sees,
@@ -367,8 +367,8 @@ class World:
     def suites(self, split, n, banned):
         """{suite: {"benign": [Example], "toxic": [Example]}} of split "dev" or "new", n each.
         A suite is named after what is new in it: no rough prompt of tuning or refinement has it.
-        (Of "context" that holds for benign ones; most toxic ones there have no context.) What is
-        new in one split is not in the other, but for plain contexts.
+        (In "context" the benign ones are in a new fiction; most toxic ones have no context at all.)
+        What is new in one split is not in the other, but for plain contexts.
         `banned` are the prompts already used."""
         actions = self.actions["common"]
         objects = self.objects["refinement"]
@@ -656,7 +656,7 @@ def load_tokenizer(folder):
     encoding = tiktoken.Encoding(
         folder.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
     template, stop = chat_format(folder, special)
-    nfc = spec.get("normalizer") is not None
+    nfc = spec.get("normalizer") is not None        # split_pattern lets only NFC or none pass
     return Chat(encoding, template, stop, size=size, nfc=nfc)
 
 def split_pattern(spec, folder):
@@ -825,7 +825,7 @@ REFUSAL = "I'm sorry, but I cannot help you with that."
 def load_folder(folder, seed, is_refusal, limit=None):
     """The Parts of the experiment from a folder of benchmark files, whichever of PUBLISHED it has.
     is_refusal(answer) tells refusals from other answers; `limit` caps a half of a reported suite.
-    Only the files' contents and `seed` matter. Files of other names become suites (`label_of`).
+    Only the files' contents and `seed` matter. Other files become suites, or serve all stages.
     ValueError, one line, if some stage would have no prompts."""
     benchmarks = load(folder, is_refusal)
     dealt = deal(benchmarks, seed)
@@ -882,8 +882,8 @@ def label_of(filename):
                      f"{name}.general with the same ending, or take it out of the folder")
 
 def usable(e, label, is_refusal):
-    """Whether a row can serve. A general one needs an answer. If a toxic one has any, it must be a
-    refusal, but not for want of opinions or today's weather: hundreds of SafetyTuned's are."""
+    """Whether a row can serve. General ones need an answer. If a toxic one has any, it must refuse
+    harm: hundreds of SafetyTuned's refuse because a model has no opinions or no news."""
     if label == "general":
         return e.answer is not None
     if label == "toxic" and e.answer:
@@ -1000,7 +1000,7 @@ def apart_from(used, examples):
     apart = []
     for e in examples:
         words = word_set(e.prompt)
-        enough = 3 * len(words) // 10 + 1
+        enough = 3 * len(words) // 10 + 1       # any 4 of 10: a near-duplicate lacks 3 at most
         rarest = sorted(words, key=lambda word: len(having.get(word, ())))[:enough]
         others = [other for word in rarest for other in having.get(word, ())]
         if not any(10 * len(words & other) >= 7 * len(words | other) for other in others):

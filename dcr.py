@@ -49,8 +49,8 @@ def circle_loss(features, labels, references=None, reference_labels=None, margin
     where to: with one, every pair would also be pulled towards having a small weight. Returned is
     the mean over the anchors that have a positive and a negative, or 0 (with a gradient of zeros).
 
-    The value may rise while the classes separate. With a_n as it is, a_n (s_n - m) = s_n^2 - m^2,
-    which is least at s_n = 0, while the gradient goes on to s_n = -m. So watch the similarities.
+    The value may rise while the classes separate. Multiplied out, a_n (s_n - m) = s_n^2 - m^2 is
+    least at s_n = 0, but with a_n held the gradient pushes on to s_n = -m. So watch similarities.
 
     No gamma overflows: sums of exponentials are taken relative to their largest term. The loss is
     computed in fp32, or in fp64 for fp64 features, under any autocast.
@@ -83,7 +83,7 @@ class CircleLoss(torch.autograd.Function):
     time and less than a tenth of the memory of the usual implementation at N = 4,096.
 
     Cosines are at most 1, so each weight makes a square of its pair. With t = s_p - 1 for a
-    positive and t = max(s_n, -m) for a negative, both exponents e and both slopes look alike:
+    positive (a_p = m - t) and t = max(s_n, -m) for a negative (a_n = t + m), both look alike:
 
         e_p = -gamma a_p (s_p - (1 - m)) = gamma (t^2 - m^2)     de_p/ds_p, a_p held: gamma (t - m)
         e_n =  gamma a_n (s_n - m)       = gamma (t^2 - m^2)     de_n/ds_n, a_n held: gamma (t + m)
@@ -123,7 +123,7 @@ class CircleLoss(torch.autograd.Function):
             for rows in of_class.split(strip):
                 scaled = root * x[rows]                                  # (strip, d)
                 t_p = (scaled @ y_p.T).sub_(root)             # (strip, P): sqrt(gamma) (s_p - 1)
-                t_n = (scaled @ y_n.T).clamp_(min=-root * m)  # (strip, Q): the same of max(s_n, -m)
+                t_n = (scaled @ y_n.T).clamp_(min=-root * m)  # (strip, Q): sqrt(gamma) max(s_n, -m)
                 # Anchor i is itself row i + `own` of y: in which column of y_p is that?
                 itself = None if own is None else torch.searchsorted(positives, rows + own)
                 log_p, sum_p, terms_p = exponentials(t_p, itself)
@@ -205,7 +205,8 @@ def refinement_loss(model, base, prompts, labels, tokens, texts, mean, s):
     hidden = model(tokens, upto=l, cache=packed)                         # (B, T, width)
     with torch.no_grad():
         base_hidden = base(tokens, upto=l, cache=packed)
-    loss = loss + s.still * drift(hidden[inside], base_hidden[inside], mean)
+    if s.still:
+        loss = loss + s.still * drift(hidden[inside], base_hidden[inside], mean)
     if s.keep:
         logits = model.tail(hidden, l, packed)[inside]                   # (tokens, vocabulary)
         with torch.no_grad():
@@ -235,8 +236,8 @@ def gradient_products_plain(model, prompts, l, read):
         G[i, j] = dr(x_i)/dtheta  dr(x_j)/dtheta^T,      G (n, n, k, k).
 
     h (n, width) is the stream after block l at the last token of each of n prompts (lists of ids),
-    and `read` any function of it, with no parameters but the final norm's and the head's, which do
-    not count. Every gradient is written out."""
+    and `read` any function of it, with no parameters but the final norm's, which count, and the
+    head's, which do not. Every gradient is written out."""
     r = read(last_states(model, prompts, l))                             # (n, k)
     below = [p for name, p in model.named_parameters() if group_of(name) != "head"]
     rows = []
@@ -308,7 +309,7 @@ def products_of_call(module, a, B):
     G = B.new_empty(n, n, k, k)
     for i in range(n):                            # one by one, to save memory
         by_prompt = overlap[i].transpose(0, 1)                           # (n, T', T)
-        mixed = by_prompt[i:, None] @ B[i:]                              # (n - i, k, T', out)
+        mixed = by_prompt[i:, None] @ B[i:]    # (n - i, k, T', out): sum over t of <a'_t', a_t> B_t
         product = B[i].reshape(k, -1) @ mixed.reshape((n - i) * k, -1).T     # (k, (n - i) k)
         from_i = product.view(k, n - i, k).transpose(0, 1)               # (n - i, k, k)
         G[i, i:] = from_i

@@ -385,8 +385,8 @@ def read_config(path, context=None):
     need(path.is_file(), path, "no such file", remedy)
     stored = read_json(path)
     need(isinstance(stored, dict), path, "not a JSON object")
-    older = stored.get("rope_scaling") or {}
-    newer = stored.get("rope_parameters") or {}
+    older = stored.get("rope_scaling") or {}                   # rope settings, where older files
+    newer = stored.get("rope_parameters") or {}                # and where newer ones nest them
     hf = stored | older | newer                                # what is nested there joins the rest
     hf["rope_type"] = hf.get("rope_type") or hf.get("type")
     for key, allowed in SUPPORTED.items():
@@ -444,8 +444,8 @@ def read_safetensors(path):
         for name, entry in header.items():
             dtype = entry["dtype"]
             shape = entry["shape"]
-            first = entry["data_offsets"][0]       # unpacking could raise ValueError, and that is
-            end = entry["data_offsets"][1]         # not caught below: the ones of need must pass
+            first = entry["data_offsets"][0]       # by index: unpacking raises ValueError, which
+            end = entry["data_offsets"][1]         # is let through below, for need() raises it too
             problem = f"tensor {name} is {dtype}, only {', '.join(DTYPES)} are supported"
             need(dtype in DTYPES, path, problem, "choose a checkpoint without quantisation")
             inside = 0 <= first <= end <= len(body) and min(shape, default=0) >= 0

@@ -284,7 +284,6 @@ def refine(name, base, run, s, shuffled=False):
     labels = torch.tensor([0] * half + [1] * half, device=run.device)    # 0 harmless, 1 toxic
     with torch.no_grad():
         mean = last_states(base, seemingly + toxic, s.layer).mean(0)     # (width,)
-
     def loss(step):
         rng = run.rng("refinement", step)
         prompts = rng.choices(seemingly, k=half) + rng.choices(toxic, k=half)    # balanced
@@ -298,19 +297,19 @@ def refine(name, base, run, s, shuffled=False):
     model.requires_grad_(True)
     return model, log
 
-def tune(name, base, run, extra=(), later=False):
+def tune(name, start, run, extra=(), later=False):
     """Stage 2, safety tuning: general exchanges and a share of refusals (D_safe).
     `extra` has pairs (Examples, rows): so many rows of them, in the mean, are added to every batch.
     With `later` somebody else tunes a finished model on, with other toxic prompts and another
     refusal, and no seemingly toxic prompts at hand."""
     s = run.s
-    context = base.config.context
+    context = start.config.context
     purpose = "later" if later else "tuning"
     steps = run.steps(s.later_steps if later else s.tune_steps)
     safe = run.exchanges(run.parts.later if later else run.parts.safe, context)
     general = run.exchanges(run.parts.general, context)
     added = [(run.exchanges(examples, context), rows) for examples, rows in extra]
-    model = copy.deepcopy(base)
+    model = copy.deepcopy(start)
     parameters = list(model.parameters())
     if s.lora:
         parameters = add_lora(model, s.lora, run.rng(f"LoRA of {purpose}").randrange(2 ** 31))
@@ -338,7 +337,7 @@ def augment(base, run):
     """Refinement's prompts as exchanges, for STL-aug: D_seemingly answered, D_toxic refused."""
     unanswered = [e.prompt for e in run.parts.seemingly if e.answer is None]
     with run.autocast():                       # where no correct answer is known, the base's own
-        responses = evaluation.respond(base, run.chat, unanswered, 2 * run.s.max_new)
+        responses = evaluation.respond(base, run.chat, unanswered, run.s.max_new)
     own = dict(zip(unanswered, responses))
     seemingly = run.parts.seemingly
     answered = [dataclasses.replace(e, answer=own.get(e.prompt, e.answer)) for e in seemingly]
@@ -355,7 +354,7 @@ def natural(base, run):
 def equal(base, run):
     """`extra` of STL-aug at equal compute: as many rows as refinement reads, prompts and texts."""
     rows = 2 * run.s.refine_batch * run.steps(run.s.refine_steps) / run.steps(run.s.tune_steps)
-    return [(examples, rows / 2) for examples in augment(base, run)]     # half answered
+    return [(examples, rows / 2) for examples in augment(base, run)]     # a step; half answered
 
 @torch.no_grad()
 def surgical(stl, run):
@@ -394,7 +393,7 @@ def surgical(stl, run):
         w = states(stl, falsely, l).mean(0) - centre
         w = F.normalize(w - (w @ r) / (r @ r) * r, dim=0)
         model = copy.deepcopy(stl)
-        model.embed_tokens.weight -= torch.outer(model.embed_tokens.weight @ w, w)
+        model.embed_tokens.weight -= torch.outer(model.embed_tokens.weight @ w, w)   # and tied head
         for block in model.layers:
             for linear in (block.self_attn.o_proj, block.mlp.down_proj):
                 linear.weight -= torch.outer(w, w @ linear.weight)
@@ -444,9 +443,9 @@ def run_seed(run, results):
             return pretrain(run)
         model = GPT.from_pretrained(s.init).to(run.device)
         return model, {"seconds": 0.0, "curve": []}
-    def tuned(name, extra=None, later=False):
+    def tuned(name, make_extra=None, later=False):
         def make(start):
-            added = extra(stage("base"), run) if extra else ()           # stage: below
+            added = make_extra(stage("base"), run) if make_extra else ()     # stage: below
             return tune(name, start, run, added, later)
         return make
     def refined(name, settings, shuffled=False):

@@ -412,7 +412,7 @@ def test_tables_show_suites_kernels_and_seconds():
     kernel = cells_of(kernels)
     assert list(kernel) == ["model", "base", "STL", "STL-aug", "refined", "DCR", "DCR-shuffled"]
     assert kernel["refined"] == ["0.80", "0.60", "0.35", "0.50"]                    # 0.35 / 0.7
-    assert seconds.startswith("seconds of training: base 0, STL 10, ")              # a base that was loaded
+    assert seconds.startswith("seconds of training, curves included: base 0, STL 10, ")              # a base that was loaded
 
 
 @pytest.mark.parametrize("split", ["held-out", "development"])

@@ -165,7 +165,7 @@ def test_augmentation_answers_the_benign_and_refuses_the_toxic(model, run, parts
     unanswered = [dataclasses.replace(e, answer=None) for e in parts.seemingly]       # as in real files
     run = dataclasses.replace(run, parts=dataclasses.replace(parts, seemingly=unanswered))
     benign, _ = augment(model, run)
-    own = train.evaluation.respond(model, run.chat, [e.prompt for e in unanswered], 2 * TINY["max_new"])
+    own = train.evaluation.respond(model, run.chat, [e.prompt for e in unanswered], TINY["max_new"])
     assert [e.answer for e in benign] == own and any(own)
 
 
