@@ -401,23 +401,14 @@ class World:
         suites["definitions"] = {"benign": self.distinct(n, draw, banned)}
         return suites
 
-    def parts(self, limit=80, n_seemingly=250, narrow=False):
-        """The Parts of this world, with at most `limit` prompts in each half of a suite.
-        Refinement has 500 toxic prompts and `n_seemingly` seemingly toxic ones: 500 and 250 are the
-        paper's numbers. `narrow` is the paper's situation, where these come from one source and the
-        suites from many: refinement then has 10 actions, 5 templates, people for victims and 3
-        classes of things."""
+    def parts(self, limit=80):
+        """The Parts of this world, with at most `limit` prompts in each half of a suite. Refinement
+        has 250 seemingly toxic prompts and 500 toxic ones, the paper's numbers."""
         common = self.actions["common"]
         objects = self.objects["refinement"]
         templates = self.templates["common"]
         known = (common, objects, templates)
-        if narrow:
-            rng = self.rng("narrow")
-            harmless = sorted({self.class_of[o] for o in objects} - set(HARMABLE))
-            classes = ["person", *rng.sample(harmless, 3)]
-            few = [o for o in objects if self.class_of[o] in classes]
-            known = (rng.sample(common, 10), few, rng.sample(templates, 5))
-        seemingly = self.rough_requests("refinement", n_seemingly, known, toxic=False)
+        seemingly = self.rough_requests("refinement", 250, known, toxic=False)
         toxic = self.rough_requests("refinement", 500, known, toxic=True)
         actions = common + self.actions["tuning"]
         lists = (actions, self.objects["tuning"], templates)
@@ -437,7 +428,6 @@ class World:
         lists = (later_actions, later_objects, templates)
         later = self.rough_requests("later", 400, lists, toxic=True, banned=used)
         later = [replace(e, answer=LATER_REFUSAL) for e in later]
-
         rng = self.rng("general rest")
         general = [self.general(rng, "rehearsed") for _ in range(4000)]     # may repeat itself
         rng = self.rng("general new")
@@ -533,15 +523,17 @@ def collate(sequences, device, context):
     sizes = [len(ids) - 1 for ids, _ in sequences]          # the last token is a target only
     room = min(2 * max(sizes), context)
     rows = []                                               # the sequences in each
+    filled = []                                             # and how many tokens these have
     for i in sorted(range(len(sizes)), key=lambda j: -sizes[j]):
         row = 0
-        while row < len(rows) and sum(sizes[j] for j in rows[row]) + sizes[i] > room:
+        while row < len(rows) and filled[row] + sizes[i] > room:
             row += 1
         if row == len(rows):
             rows.append([])
+            filled.append(0)
         rows[row].append(i)
-    length = max(sum(sizes[i] for i in row) for row in rows)
-    tokens = torch.zeros(len(rows), length, dtype=torch.long)   # (B, T), as the other two
+        filled[row] += sizes[i]
+    tokens = torch.zeros(len(rows), max(filled), dtype=torch.long)      # (B, T), as the other two
     targets = torch.full_like(tokens, -1)
     texts = torch.full_like(tokens, -1)
     for b, row in enumerate(rows):
@@ -636,7 +628,6 @@ def load_tokenizer(folder):
     # Equal ids are fine: Llama-3 lists every pair that makes a token.
     if order != sorted(order) or -1 in order:
         raise ValueError(f"{folder}: merges not in the order of token ids; choose another model")
-
     letters = byte_letters()
     special = {token["content"]: token["id"] for token in spec["added_tokens"]}
     if not spec["model"].get("ignore_merges"):
@@ -830,7 +821,6 @@ def load_folder(folder, seed, is_refusal, limit=None):
     benchmarks = load(folder, is_refusal)
     dealt = deal(benchmarks, seed)
     parts = assemble(benchmarks, dealt, seed, limit)
-
     labels = {label for suite in parts.suites.values() for label in suite}
     needed = {"ten answered instructions (alpaca_data.json)": parts.general_heldout,
               "benign prompts for refinement (xstest_v2_prompts.csv)": parts.seemingly,

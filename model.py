@@ -142,7 +142,7 @@ class GPT(nn.Module):
     def forward(self, tokens, upto=None, cache=None):
         """Logits (B, T, vocabulary) of tokens (B, T); with `upto=l` the stream (B, T, width) there.
         l counts from 1: after block l. l = 0 is the embedding. No block above l is computed.
-        ValueError: l out of range; T beyond the context."""
+        ValueError: l out of range; T beyond the context; in a Cache, tokens beyond its room."""
         T = tokens.shape[1]
         if T > self.config.context:
             raise ValueError(f"sequence of {T} tokens exceeds the context of {self.config.context}")
@@ -246,7 +246,7 @@ class Cache:
     Row b writes its next token at slot lengths[b], over the padding, and sees the slots up to it.
     Lengths 2 and 3, room for 5:   p p . _ _  ->  p p n n _    two new tokens each, in slots 2, 3
                                    p p p _ _  ->  p p p n n                         and in 3, 4
-    For use under no_grad. `prefill` sees to it that there is room."""
+    For use under no_grad. ValueError for tokens beyond the room."""
 
     def __init__(self, lengths, room, device):
         self.room = room                                       # slots in each row
@@ -263,6 +263,9 @@ class Cache:
 
     def advance(self, T):
         """Claim T slots in every row: (B, T). A slot's number is its token's position."""
+        if self.end + T > self.room:
+            raise ValueError(f"{self.end} + {T} tokens do not fit in a cache with room for "
+                             f"{self.room}")
         device = self.next.device
         self.slots = self.next[:, None] + torch.arange(T, device=device)
         self.next += T

@@ -84,8 +84,6 @@ class Settings:
     max_new: int = knob(32, "tokens a response when evaluating")
     suite: int = knob(80, "prompts a half of a suite, at most")
     kernel: int = knob(4, "prompts a class to measure kernels on; time grows with the square")
-    seemingly: int = knob(250, "D_seemingly's prompts in the small world; 250 as in the paper")
-    narrow: bool = knob(False, "refinement's prompts of few actions and classes, suites of all")
     split: str = knob("held-out", "suites to evaluate on; choose settings on 'development' instead")
 
 # The defaults with --init, tried out on SmolLM2-135M (30 blocks). A model that has read a lot needs
@@ -247,6 +245,7 @@ def pretrain(run):
     def loss(step):
         batch = run.rng("pretraining", step).sample(sequences, s.pretrain_batch)
         return sft_loss(model, batch, run)
+
     log = train("base", model, list(model.parameters()), loss, run.steps(s.pretrain_steps),
                 s.pretrain_lr, run.folder / "base.state")
     return model, log
@@ -284,6 +283,7 @@ def refine(name, base, run, s, shuffled=False):
     labels = torch.tensor([0] * half + [1] * half, device=run.device)    # 0 harmless, 1 toxic
     with torch.no_grad():
         mean = last_states(base, seemingly + toxic, s.layer).mean(0)     # (width,)
+
     def loss(step):
         rng = run.rng("refinement", step)
         prompts = rng.choices(seemingly, k=half) + rng.choices(toxic, k=half)    # balanced
@@ -325,9 +325,11 @@ def tune(name, start, run, extra=(), later=False):
             whole = int(rows + rng.random())             # of 2.3 rows: 2, or 3 in 3 of 10 steps
             batch += rng.choices(source, k=whole)
         return sft_loss(model, batch, run)
+
     def watch():
         with run.autocast():
             return evaluation.three_classes(model, run.chat, run.parts, s.suite // 2)
+
     log = train(name, model, parameters, loss, steps, s.tune_lr,
                 run.folder / f"{name}.state", watch)
     merge_lora(model)
@@ -372,8 +374,10 @@ def surgical(stl, run):
         probabilities = evaluation.refusal_probability(stl, run.chat, prompts).tolist()
         kept = [prompt for prompt, p in zip(prompts, probabilities) if (p > 0.5) == refused]
         return kept[:160]                                # enough for a mean
+
     def states(model, prompts, l):
         return last_states(model, [run.chat.prompt(prompt) for prompt in prompts], l)
+
     def log_p(model):                                    # of the first tokens of general answers
         return model.tail(states(model, general, blocks), blocks).log_softmax(-1)
 
@@ -443,11 +447,13 @@ def run_seed(run, results):
             return pretrain(run)
         model = GPT.from_pretrained(s.init).to(run.device)
         return model, {"seconds": 0.0, "curve": []}
+
     def tuned(name, make_extra=None, later=False):
         def make(start):
             added = make_extra(stage("base"), run) if make_extra else ()     # stage: below
             return tune(name, start, run, added, later)
         return make
+
     def refined(name, settings, shuffled=False):
         return lambda base: refine(name, base, run, settings, shuffled)
 
@@ -472,6 +478,7 @@ def run_seed(run, results):
     if run.parts.later:                                  # benchmark files have no such prompts
         for name in ("STL-aug", "STL-aug-equal", "STL-aug-first", "DCR"):
             recipes[name + "+later"] = (name, tuned(name + "+later", later=True))
+
     def stage(name):
         start, make = recipes[name]
         model, log = finished(run, name, lambda: make(stage(start) if start else None))
@@ -573,13 +580,15 @@ def run_all(s):
     out = Path(s.out)
     results = open_results(s, device)
     write_json(out / "results.json", results)
+
     def autocast():
         return torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
+
     for seed in range(s.seed, s.seed + s.seeds):
         if s.data:
             parts = load_folder(s.data, seed, evaluation.is_refusal, s.suite)
         else:
-            parts = World(seed).parts(s.suite, s.seemingly, s.narrow)
+            parts = World(seed).parts(s.suite)
         if not parts.pretraining and not s.init:
             raise ValueError("--data needs --init CHECKPOINT: the small GPT knows its world alone")
         if s.split == "development":

@@ -69,6 +69,11 @@ def test_compliance_at_defense_is_that_of_the_best_threshold(n):
     assert compliance_at_defense(toxic, benign) == pytest.approx(best)
 
 
+def test_compliance_at_defense_without_toxic_prompts_is_one_line():
+    with pytest.raises(ValueError, match="no toxic prompts.*add a suite"):
+        compliance_at_defense(torch.empty(0), torch.tensor([0.5]))
+
+
 def test_prompts_in_turn_come_evenly_from_all_suites():
     suites = {"a": {"toxic": [Example("a1", None), Example("a2", None)]},
               "b": {"benign": [Example("x", None)]},
@@ -405,14 +410,13 @@ def test_methods_are_compared_with_plain_tuning_and_those_tuned_on_with_dcr_tune
     assert "paired" not in evaluation.tables(made_up())                             # nothing to compare
 
 
-def test_tables_show_suites_kernels_and_seconds():
-    *_, suites, _, kernels, seconds = evaluation.tables(made_up()).split("\n\n")
+def test_tables_show_suites_and_kernels():
+    *_, suites, _, kernels = evaluation.tables(made_up()).split("\n\n")
     title, one, *_ = lines_of(suites)
     assert one[:2] == ["one", "benign"] and one[title.index("STL")] == "14"
     kernel = cells_of(kernels)
     assert list(kernel) == ["model", "base", "STL", "STL-aug", "refined", "DCR", "DCR-shuffled"]
     assert kernel["refined"] == ["0.80", "0.60", "0.35", "0.50"]                    # 0.35 / 0.7
-    assert seconds.startswith("seconds of training, curves included: base 0, STL 10, ")              # a base that was loaded
 
 
 @pytest.mark.parametrize("split", ["held-out", "development"])

@@ -254,6 +254,8 @@ def test_prompts_that_do_not_fit_are_named():
         generate(tiny(), [[1], [2], [3] * 60], 5, stop=0)
     with pytest.raises(ValueError, match="has 1 tokens: .* with 99 more must fit the context of 64; shorten"):
         generate(tiny(), [[1]], 99, stop=0)
+    with pytest.raises(ValueError, match="0 . 6 tokens do not fit in a cache with room for 5"):
+        tiny()(some_tokens(1, 6), cache=Cache([2], room=5, device="cpu"))
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
