@@ -20,6 +20,7 @@ Refinement" (arXiv 2603.03323), in the rest of the project called "the paper". T
 
 There is no training here. Read `train.py` next.
 """
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -230,31 +231,18 @@ def forgetting(logits, base_logits):
 
 # ---- 3. The kernel, and what it predicts ---------------------------------------------------------
 
-def gradient_products_plain(model, prompts, l, read):
-    """(r, G): r = read(h) (n, k), and the inner products of its gradients with respect to all
-    parameters below the head,
+def gradient_products(model, prompts, l, read, inside=None):
+    """(r, {group: G}): r = read(h) (n, k), and the inner products of its gradients with respect to
+    all parameters below the head,
         G[i, j] = dr(x_i)/dtheta  dr(x_j)/dtheta^T,      G (n, n, k, k).
 
     h (n, width) is the stream after block l at the last token of each of n prompts (lists of ids),
     and `read` any function of it, with no parameters but the final norm's, which count, and the
-    head's, which do not. Every gradient is written out."""
-    r = read(last_states(model, prompts, l))                             # (n, k)
-    below = [p for name, p in model.named_parameters() if group_of(name) != "head"]
-    rows = []
-    for number in r.flatten():
-        gradients = torch.autograd.grad(number, below, retain_graph=True, materialize_grads=True)
-        rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
-    J = fp64(torch.stack(rows)).view(*r.shape, -1)                       # (n, k, parameters)
-    return r.detach(), torch.einsum("ipw,jqw->ijpq", J, J)
+    head's, which do not. G comes in groups of parameters: embeddings, block 1 ... block l, final
+    norm; or, if `inside` lists modules, of those in them alone. Products are in fp32, sums in fp64.
 
-def gradient_products(model, prompts, l, read, inside=None):
-    """(r, {group: G}): the same with k backward passes and no gradient of a weight ever formed.
-
-    G comes in groups of parameters: embeddings, block 1 ... block l, final norm; or, if `inside`
-    lists modules, of those in them alone. Products are computed in fp32 and summed in fp64.
-
-    k passes are enough since prompts do not meet in a batch: the gradient of a sum over prompts is
-    each prompt's own. A linear map u_t = W a_t at tokens t adds sum_t B_t a_t^T to the gradient of
+    No gradient of a weight is formed, and k backward passes are enough since prompts do not
+    meet in a batch: the gradient of a sum over prompts is each prompt's own. A linear map u_t = W a_t at tokens t adds sum_t B_t a_t^T to the gradient of
     W, where B_t = dr/du_t is the signal that comes back to u_t. So its share of G is
 
         sum over t', t of  <a'_t', a_t>  B'_t' B_t^T :
@@ -391,5 +379,7 @@ def kernel_norms(model, prompts):
     def likeliest(h):
         return model.lm_head(model.norm(h)).topk(10).values              # (n, 10)
     blocks = model.config.blocks
+    if model.lm_head.weight.dtype != torch.float32:                      # matrices in bf16
+        model = copy.deepcopy(model).float()
     _, groups = gradient_products(model, prompts, blocks, likeliest, inside=model.layers[-4:])
     return torch.linalg.matrix_norm(sum(groups.values()))

@@ -21,6 +21,7 @@ a suite are benign prompts, all of them seemingly toxic, and toxic ones. The met
 import argparse
 import itertools
 import sys
+from collections import Counter
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -131,7 +132,8 @@ def three_classes(model, chat, parts, n):
 # ---- 2. One model, all measurements --------------------------------------------------------------
 
 def evaluate(model, chat, parts, s):
-    """Rows, [{suite, kind, metric, value, n}], and responses, {prompt: text}, of one model.
+    """Rows, [{suite, kind, metric, value, n}], and responses of one model, [{suite, kind, prompt,
+    response, refusal_probability}].
     suite   one of parts.suites; "all", which pools them; "general"; "D_safe"; a pair of classes
     kind    the half of the suite, else "general"
     n       prompts; for auc and compliance_at_95_defense benign ones; of a pair, the smaller class
@@ -156,7 +158,14 @@ def evaluate(model, chat, parts, s):
     if s.kernel:
         for pair, (similarity, n) in kernel_similarity(model, chat, parts, s.kernel).items():
             rows += as_rows(pair, "general", n, kernel_similarity=similarity)
-    return rows, responses
+    said = []
+    for suite, halves in groups.items():
+        for kind, examples in halves.items():
+            for e in examples:
+                said.append({"suite": suite, "kind": kind, "prompt": e.prompt,
+                             "response": responses[e.prompt],
+                             "refusal_probability": probability[e.prompt]})
+    return rows, said
 
 def as_rows(suite, kind, n, **metrics):
     return [{"suite": suite, "kind": kind, "metric": metric, "value": float(value), "n": n}
@@ -233,13 +242,15 @@ def general_loss(model, chat, examples, longest):
         losses.append(token_losses(model, tokens, targets, texts))                  # (due tokens,)
     return torch.cat(losses).mean().item()
 
-def example_responses(parts, responses):
-    """[{suite, kind, prompt, response}]: the first five of each half of each suite."""
+def first_of_each(responses, n):
+    """The first n responses of each half of each suite; general ones are left out."""
+    taken = Counter()
     chosen = []
-    for suite, halves in parts.suites.items():
-        for kind, examples in halves.items():
-            chosen += [{"suite": suite, "kind": kind, "prompt": e.prompt,
-                        "response": responses[e.prompt]} for e in examples[:5]]
+    for response in responses:
+        half = (response["suite"], response["kind"])
+        if response["kind"] != "general" and taken[half] < n:
+            taken[half] += 1
+            chosen.append(response)
     return chosen
 
 def show_parts(parts):
@@ -254,6 +265,7 @@ def show_parts(parts):
 
 def shorten(text, width=96):
     text = " ".join(text.split())
+    text = "".join(c if c.isprintable() else "\ufffd" for c in text)      # no escape sequences
     return text if len(text) <= width else text[:width - 1] + "…"
 
 # ---- 3. Tables, from the results alone -----------------------------------------------------------
@@ -516,5 +528,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", default="out", help="[out] folder that train.py wrote")
     try:
         report(Path(parser.parse_args().out))
+    except KeyboardInterrupt:
+        sys.exit("\nstopped")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

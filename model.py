@@ -2,13 +2,13 @@
 
 One architecture serves the miniature world and the checkpoints people use: pre-norm RMSNorm, rotary
 positions, grouped-query attention, SwiGLU, optional biases on q/k/v, optionally tied embeddings.
-With the right sizes that IS Llama, Qwen2 or SmolLM2; the end of this file reads their checkpoints.
+With the right sizes that IS Llama, Qwen2, Qwen3 or SmolLM2; the end of this file reads their
+checkpoints.
 
 For the method of "Discern Truth from Falsehood" (arXiv 2603.03323, "the paper") there are
   * `model(tokens, upto=l)`: the residual stream after block l, with nothing computed above it;
   * `last_states`: h_x, the states in that stream that refinement shapes (section 4 of the paper);
-  * `model.tail(hidden, since=l)`: everything after block l, the part that refinement freezes;
-  * `model.split(l)`: the parameters on either side of that cut.
+  * `model.tail(hidden, since=l)`: everything after block l, the part that refinement freezes.
 Read `dcr.py` next: what to do with those states.
 """
 import json
@@ -37,6 +37,7 @@ class GPTConfig:
     rope_scaling: tuple = ()       # Llama 3.1: factor, low, high, original context (`rotary_table`)
     norm_eps: float = 1e-5
     qkv_bias: bool = False         # Qwen2 has it, Llama has not
+    qk_norm: bool = False          # Qwen3 normalises each head's q and k
     tied: bool = False             # output head = token embeddings
 
 class RMSNorm(nn.RMSNorm):
@@ -78,11 +79,13 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.width, c.kv_heads * c.head_width, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.width, c.kv_heads * c.head_width, bias=c.qkv_bias)
         self.o_proj = nn.Linear(c.heads * c.head_width, c.width, bias=False)
+        self.q_norm = RMSNorm(c.head_width, c.norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_width, c.norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x, rotary, cache=None):
         heads = (-1, self.head_width)      # (B, T, heads * head_width) -> (B, heads, T, head_width)
-        q = self.q_proj(x).unflatten(2, heads).transpose(1, 2)
-        k = self.k_proj(x).unflatten(2, heads).transpose(1, 2)      # k and v: kv_heads
+        q = self.q_norm(self.q_proj(x).unflatten(2, heads)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).unflatten(2, heads)).transpose(1, 2)      # k, v: kv_heads
         v = self.v_proj(x).unflatten(2, heads).transpose(1, 2)
         # Rotation is in fp32, and so are its results; under autocast v is bf16, and all must agree.
         q = rotate(q, *rotary).to(v.dtype)
@@ -90,6 +93,10 @@ class Attention(nn.Module):
         visible = None
         if cache is not None:
             k, v, visible = cache.extend(self, k, v)
+        if visible is not None:          # no fused kernel takes both a mask and fewer keys' heads
+            shared = q.shape[1] // k.shape[1]
+            k = k.repeat_interleave(shared, 1)                      # (B, heads, T, head_width)
+            v = v.repeat_interleave(shared, 1)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None,
                                            enable_gqa=True)         # several heads for each of k, v
         return self.o_proj(y.transpose(1, 2).flatten(2))            # (B, T, heads * head_width)
@@ -159,8 +166,9 @@ class GPT(nn.Module):
 
     def through_blocks(self, x, first, last, cache=None):
         """From the stream x after block `first` to the stream after block `last`."""
-        self.check_block(first)
-        self.check_block(last)
+        for l in (first, last):
+            if not 0 <= l <= self.config.blocks:
+                raise ValueError(f"there is no block {l}: the model has {self.config.blocks}")
         if first == last:
             return x                                           # of any shape, as `tail` promises
         T = x.shape[1]
@@ -173,49 +181,49 @@ class GPT(nn.Module):
             x = block(x, rotary, cache)
         return x
 
-    def split(self, l):
-        """Two dicts {name: parameter}: the embeddings with blocks 1 to l, and all after them. Tied
-        embeddings are the output head too and count as tail: frozen in one role, frozen in both."""
-        self.check_block(l)
-        lower = [f"layers.{i}." for i in range(l)]             # block 1 is layers.0
-        if not self.config.tied:
-            lower.append("embed_tokens.")
-        below = {name: p for name, p in self.named_parameters() if name.startswith(tuple(lower))}
-        above = {name: p for name, p in self.named_parameters() if name not in below}
-        return below, above
-
-    def check_block(self, l):
-        if not 0 <= l <= self.config.blocks:
-            raise ValueError(f"there is no block {l}: the model has {self.config.blocks}")
-
     # What these two call (read_config, read_weights, hf_name ..) is at the end of this file.
     @classmethod
-    def from_pretrained(cls, folder, context=None):
-        """The model of a Hugging Face folder (Llama or Qwen2; config.json, *.safetensors), in fp32,
-        its context at most `context` (None: CONTEXT_CAP). ValueError, one line with file and
-        remedy, for whatever is wrong with the folder."""
+    def from_pretrained(cls, folder, context=None, device="cpu", dtype=torch.float32):
+        """The model of a Hugging Face folder (config.json, *.safetensors; of the model_types in
+        SUPPORTED), its matrices in `dtype`, norms and biases in fp32, its context at most `context`
+        (None: CONTEXT_CAP). ValueError, one line with file and remedy, for whatever is wrong with
+        the folder: other shapes than config.json has, or a weight that is not finite."""
         source = Path(folder) / "config.json"
-        model = cls(read_config(source, context))
+        config = read_config(source, context)
         stored = read_weights(Path(folder))
-        wanted = {hf_name(name): p.data for name, p in model.named_parameters()}
-        if model.config.tied:
+        mixed = "use the config and weights of one checkpoint"
+        need(config.blocks < len(stored), source, f"{config.blocks} blocks, too many", mixed)
+        with torch.device("meta"):                             # shapes alone: nothing is allocated
+            model = cls(config)
+        if config.tied:
             stored.pop("lm_head.weight", None)                 # a copy of the embeddings
-        our_shapes = {name: list(tensor.shape) for name, tensor in wanted.items()}
-        file_shapes = {name: list(tensor.shape) for name, tensor in stored.items()}
-        for name in sorted(our_shapes | file_shapes):
-            ours = our_shapes.get(name, "absent")
-            theirs = file_shapes.get(name, "absent")
-            problem = f"tensor {name} should be {ours}, in the weights it is {theirs}"
-            need(ours == theirs, source, problem, "use the config and weights of one checkpoint")
-            wanted[name].copy_(stored[name])
+        ours = {hf_name(name): list(p.shape) for name, p in model.named_parameters()}
+        theirs = {name: list(tensor.shape) for name, tensor in stored.items()}
+        for name in sorted(ours | theirs):
+            here = ours.get(name, "absent")
+            there = theirs.get(name, "absent")
+            problem = f"tensor {name} should be {here}, in the weights it is {there}"
+            need(here == there, source, problem, mixed)
+        loaded = {}
+        for name, p in model.named_parameters():
+            tensor = stored[hf_name(name)].to(device, dtype if p.dim() == 2 else torch.float32)
+            need(tensor.isfinite().all(), folder, f"tensor {hf_name(name)} has NaN or infinity")
+            loaded[name] = tensor.clone()                      # the file may be written over
+        model.load_state_dict(loaded, strict=False, assign=True)
+        if config.tied:
+            model.lm_head.weight = model.embed_tokens.weight
+        cos, sin = rotary_table(config)
+        model.cos = cos.to(device)
+        model.sin = sin.to(device)
         return model
 
     def save_pretrained(self, folder):
-        """Write model.safetensors (fp32), then config.json: for here, and for transformers."""
+        """Write model.safetensors, then config.json: for here, and for transformers."""
         c = self.config
-        family = "Qwen2" if c.qkv_bias else "Llama"
+        family = "Qwen3" if c.qk_norm else "Qwen2" if c.qkv_bias else "Llama"
+        dtype = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
         hf = {"architectures": [family + "ForCausalLM"], "model_type": family.lower(),
-              "hidden_act": "silu", "torch_dtype": "float32", "rms_norm_eps": c.norm_eps,
+              "hidden_act": "silu", "torch_dtype": dtype, "rms_norm_eps": c.norm_eps,
               "tie_word_embeddings": c.tied, "rope_theta": c.rope_theta}
         hf |= {theirs: getattr(c, ours) for ours, theirs in SIZES.items()}
         if c.rope_scaling:
@@ -349,27 +357,15 @@ def generate(model, prompts, max_new, stop):
             hidden = model(token[:, None], upto=blocks, cache=cache)[:, 0]
     return answers
 
-@torch.no_grad()
-def generate_plain(model, prompts, max_new, stop):
-    """The definition of `generate`: one prompt at a time and no cache. Tests compare the two."""
-    answers = [[] for _ in prompts]
-    for prompt, answer in zip(prompts, answers):
-        for _ in range(max_new):
-            tokens = torch.tensor([prompt + answer], device=model.cos.device)    # (1, T)
-            token = model(tokens)[0, -1].argmax().item()
-            if token == stop:
-                break
-            answer.append(token)
-    return answers
-
 # Checkpoint folders. SIZES: our name of a size, and its name in config.json. SUPPORTED: what
 # this file can compute (None: not set); another setting is refused, for the model would be wrong.
 SIZES = dict(vocab_size="vocab_size", width="hidden_size", hidden="intermediate_size",
              head_width="head_dim", blocks="num_hidden_layers", heads="num_attention_heads",
              kv_heads="num_key_value_heads", context="max_position_embeddings")
-SUPPORTED = {"model_type": ("llama", "qwen2"), "hidden_act": ("silu", None),
+SUPPORTED = {"model_type": ("llama", "qwen2", "qwen3"), "hidden_act": ("silu", None),
              "attention_bias": (False, None), "mlp_bias": (False, None),
-             "use_sliding_window": (False, None), "rope_type": ("default", "llama3", None)}
+             "use_sliding_window": (False, None), "rope_type": ("default", "llama3", None),
+             "tie_word_embeddings": (True, False, None), "partial_rotary_factor": (1, None)}
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 CONTEXT_CAP = 2048             # config.json often allows far more than fits in memory
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -390,6 +386,8 @@ def read_config(path, context=None):
     need(isinstance(stored, dict), path, "not a JSON object")
     older = stored.get("rope_scaling") or {}                   # rope settings, where older files
     newer = stored.get("rope_parameters") or {}                # and where newer ones nest them
+    for nested in (older, newer):
+        need(isinstance(nested, dict), path, f"rope settings are {nested!r}, not an object")
     hf = stored | older | newer                                # what is nested there joins the rest
     hf["rope_type"] = hf.get("rope_type") or hf.get("type")
     for key, allowed in SUPPORTED.items():
@@ -399,8 +397,8 @@ def read_config(path, context=None):
 
     def number(key, default=None):
         value = default if hf.get(key) is None else hf[key]
-        ok = isinstance(value, (int, float)) and value > 0
-        need(ok, path, f"{key} is {value!r}, not a number above 0")
+        ok = isinstance(value, (int, float)) and 0 < value < 1e12
+        need(ok, path, f"{key} is {value!r}, not a number above 0, and finite")
         return value
 
     heads = number("num_attention_heads")
@@ -410,6 +408,7 @@ def read_config(path, context=None):
     scaling = tuple(number(key) for key in LLAMA3) if hf["rope_type"] == "llama3" else ()
     return GPTConfig(**sizes, norm_eps=number("rms_norm_eps", 1e-6), rope_scaling=scaling,
                      rope_theta=number("rope_theta", 1e4), qkv_bias=hf["model_type"] == "qwen2",
+                     qk_norm=hf["model_type"] == "qwen3",
                      tied=bool(hf.get("tie_word_embeddings")))
 
 def read_weights(folder):
@@ -422,7 +421,8 @@ def read_weights(folder):
         listed = read_json(index)
         ok = isinstance(listed, dict) and isinstance(listed.get("weight_map"), dict)
         need(ok, index, "no weight_map in it")
-        files = sorted({folder / str(name) for name in listed["weight_map"].values()})
+        names = {Path(str(name)).name for name in listed["weight_map"].values()}
+        files = sorted(folder / name for name in names)        # of this folder, whatever it says
     else:
         files = sorted(folder.glob("*.safetensors"))
     need(files, folder, "no *.safetensors in it", "convert the weights to that format")
@@ -441,34 +441,42 @@ def read_safetensors(path):
     need(start <= len(file), path, f"the header would end at byte {start} of {len(file)}")
     body = file[start:]
     tensors = {}
+    filled = 0                                                 # bytes of the body
     try:
         header = json.loads(file[8:start].tobytes())
         header.pop("__metadata__", None)
-        for name, entry in header.items():
+        # in the order of their bytes: together they fill the file, with nothing between or after
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             dtype = entry["dtype"]
             shape = entry["shape"]
             first = entry["data_offsets"][0]       # by index: unpacking raises ValueError, which
             end = entry["data_offsets"][1]         # is let through below, for need() raises it too
             problem = f"tensor {name} is {dtype}, only {', '.join(DTYPES)} are supported"
             need(dtype in DTYPES, path, problem, "choose a checkpoint without quantisation")
-            inside = 0 <= first <= end <= len(body) and min(shape, default=0) >= 0
+            inside = first == filled and end <= len(body) and min(shape, default=0) >= 0
             size = math.prod(shape) * DTYPES[dtype].itemsize
-            where = f"cannot lie in bytes {first} to {end} of {len(body)}"
+            where = f"cannot lie in bytes {first} to {end}, after {filled} of {len(body)}"
             need(inside and end - first == size, path, f"tensor {name} {dtype} {shape} {where}")
             tensors[name] = torch.from_numpy(body[first:end]).view(DTYPES[dtype]).view(shape)
+            filled = end
+        need(filled == len(body), path, f"no tensor has the bytes from {filled} on")
     except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError, AttributeError) as e:
         need(False, path, f"the header is not one of safetensors ({type(e).__name__})")
     return tensors
 
 def write_safetensors(path, tensors):
-    """Write {name: tensor} in fp32, in the format of `read_safetensors`."""
-    arrays = {name: x.detach().float().cpu().contiguous().numpy() for name, x in tensors.items()}
+    """Write {name: tensor}, each of one of DTYPES, in the format of `read_safetensors`."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    arrays = []
     header = {"__metadata__": {"format": "pt"}}                # transformers insists on it
     end = 0
-    for name, x in arrays.items():
-        header[name] = {"dtype": "F32", "shape": x.shape, "data_offsets": [end, end + x.nbytes]}
+    for name, x in tensors.items():
+        start = end
+        x = x.detach().cpu().contiguous()
         end += x.nbytes
+        header[name] = {"dtype": names[x.dtype], "shape": x.shape, "data_offsets": [start, end]}
+        arrays.append(x.view(torch.uint8).numpy())             # bytes: NumPy has no bfloat16
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)                            # tensors start at a multiple of 8
     length = len(text).to_bytes(8, "little")
-    write(path, lambda file: file.writelines([length, text, *arrays.values()]))
+    write(path, lambda file: file.writelines([length, text, *arrays]))

@@ -16,16 +16,18 @@ refusals. Read `eval.py` next: how responses are generated, and what is measured
 import argparse
 import copy
 import dataclasses
+import fcntl
 import hashlib
 import itertools
 import json
+import os
 import platform
 import random
+import shutil
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 import torch
 import torch.nn as nn
@@ -38,60 +40,96 @@ from data import (Chat, Parts, World, collate, load_folder, load_tokenizer, read
 from dcr import refinement_loss
 from model import GPT, GPTConfig, last_states, read_config, token_losses
 
-def knob(default, reason):
-    """A setting: its default value, and why it is that, which is also what --help says."""
-    return dataclasses.field(default=default, metadata={"reason": reason})
+def knob(default, reason, least=0.0, most=1e30, choices=()):
+    """A setting: its default, and why it is that, which is also what --help says. Numbers lie from
+    `least` to `most`; a text is one of `choices`, if there are any."""
+    about = {"reason": reason, "least": least, "most": most, "choices": choices}
+    return dataclasses.field(default=default, metadata=about)
 
 @dataclass(frozen=True)
 class Settings:
     """Every knob, its default and its reason: the defaults ARE the experiment."""
     out: str = knob("out", "folder of checkpoints, results and figures; the same command goes on")
-    init: str = knob("", "Hugging Face folder of a Llama, Qwen2 or SmolLM2 chat model, the base")
+    seeds: int = knob(1, "how many seeds to run; five or more before believing a difference", 1)
+    methods: str = knob("STL,STL-aug,DCR", "what to compare: names from `run_seed`, or all")
+    suite: int = knob(80, "prompts a half of a suite, at most", 1)
+    kernel: int = knob(4, "prompts a class to measure kernels on; time grows with the square")
+    split: str = knob("held-out", "suites to evaluate on; choose settings on 'development' instead",
+                      choices=("held-out", "development"))
+
+    init: str = knob("", "Hugging Face folder of a Llama, Qwen or SmolLM2 chat model, the base")
     data: str = knob("", "folder of benchmark files, to use in place of the miniature world")
     seed: int = knob(0, "first seed: facts, splits, initial weights and batches all follow from it")
-    methods: str = knob("STL,STL-aug,DCR", "what to compare: names from `run_seed`, or all")
-    seeds: int = knob(1, "how many seeds to run; five or more before believing a difference")
-    device: str = knob("auto", "auto, cpu, cuda or mps; auto takes cuda before mps before cpu")
-    dtype: str = knob("auto", "float32 or bfloat16 for matrix products; auto: bfloat16 on cuda")
-    scale: float = knob(1.0, "multiplies the steps of all stages; 0.02 takes seconds")
+    device: str = knob("auto", "auto takes cuda before mps before cpu",
+                       choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = knob("auto", "of matrix products; auto: bfloat16 on cuda with --init, by which "
+                      "large models gain and small ones lose",
+                      choices=("auto", "float32", "bfloat16"))
+    scale: float = knob(1.0, "multiplies the steps of all stages; 0.02 takes seconds", 1e-6)
+    width: int = knob(64, "of the small GPT: 48 is too little to hold the world's facts", 16)
+    blocks: int = knob(4, "of the small GPT", 1)
+    pretrain_steps: int = knob(1500, "enough to know the facts; with many more STL errs less", 1)
+    pretrain_batch: int = knob(64, "texts a step", 1)
+    pretrain_lr: float = knob(4e-3, "high, as small models like it; warmed up, then decayed", 1e-9)
 
-    width: int = knob(64, "of the small GPT: 48 is too little to hold the world's facts")
-    blocks: int = knob(4, "of the small GPT")
-    pretrain_steps: int = knob(1500, "enough to know the facts; with many more STL errs less")
-    pretrain_batch: int = knob(64, "texts a step")
-    pretrain_lr: float = knob(4e-3, "high, as small models like it; warmed up, then decayed")
-
-    layer: int = knob(3, "l: refinement shapes the states after this block and freezes all above")
-    refine_steps: int = knob(300, "100 are too few on some seeds, 600 no better")
-    refine_batch: int = knob(32, "prompts a step, half of each class, and as many general texts")
-    refine_lr: float = knob(1e-3, "5e-4 does about as well")
-    margin: float = knob(0.25, "m of the Circle loss, its authors' value")
-    gamma: float = knob(32.0, "scale of the Circle loss: how much harder hard pairs are pulled")
+    layer: int = knob(3, "l: refinement shapes the states after this block and freezes all above; "
+                      "0 takes half of the blocks")
+    refine_steps: int = knob(300, "100 are too few on some seeds, 600 no better", 1)
+    refine_batch: int = knob(32, "prompts a step, half of each class, and as many general texts", 4)
+    refine_lr: float = knob(1e-3, "5e-4 does about as well", 1e-9)
+    refine_lora: int = knob(0, "rank of the updates of refinement; 0 trains blocks 1 to l in full")
+    margin: float = knob(0.25, "m of the Circle loss, its authors' value", 0, 1)
+    gamma: float = knob(32.0, "scale of the Circle loss: how much harder hard pairs are pulled",
+                        1e-3)
     centre: bool = knob(False, "subtract the base's mean state before the cosine; for large models")
     with_safe: bool = knob(True, "D_safe's prompts are known to be toxic: they join D_toxic")
     hold: float = knob(3.0, "weight of the drift of D_seemingly's states; 10 does about as well")
     keep: float = knob(30.0, "weight of KL(base || model) on general texts; not in the paper")
     still: float = knob(3.0, "weight of the drift of states on general texts; not in the paper")
 
-    tune_steps: int = knob(800, "steps of safety tuning, every method the same")
-    tune_batch: int = knob(32, "exchanges a step")
-    tune_lr: float = knob(1e-3, "5e-4 refuses too little, 2e-3 undoes refinement")
-    refusals: float = knob(0.1, "share of (toxic prompt, refusal) rows; 5 % is not enough for all")
-    later_steps: int = knob(400, "steps of tuning a finished model on, by somebody else")
+    tune_steps: int = knob(800, "steps of safety tuning, every method the same", 1)
+    tune_batch: int = knob(32, "exchanges a step", 1)
+    tune_lr: float = knob(1e-3, "5e-4 refuses too little, 2e-3 undoes refinement", 1e-9)
+    refusals: float = knob(0.1, "share of (toxic prompt, refusal) rows; 5 % is not enough for all",
+                           0, 1)
+    later_steps: int = knob(400, "steps of tuning a finished model on, by somebody else", 1)
     lora: int = knob(8, "rank of the updates of safety tuning, as the paper uses LoRA; 0 tunes all")
+    longest: int = knob(256, "tokens a training sequence; longer answers are cut", 8)
+    max_new: int = knob(32, "tokens a response when evaluating", 1)
 
-    longest: int = knob(256, "tokens a training sequence; longer answers are cut")
-    max_new: int = knob(32, "tokens a response when evaluating")
-    suite: int = knob(80, "prompts a half of a suite, at most")
-    kernel: int = knob(4, "prompts a class to measure kernels on; time grows with the square")
-    split: str = knob("held-out", "suites to evaluate on; choose settings on 'development' instead")
+    def check(self):
+        """ValueError, one line, for the first setting out of its range."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            about = field.metadata
+            flag = f"--{field.name.replace('_', '-')} {value}"
+            if about["choices"] and value not in about["choices"]:
+                raise ValueError(f"{flag}: choose {' or '.join(about['choices'])}")
+            number = isinstance(value, (int, float))
+            if number and not about["least"] <= value <= about["most"]:     # nor is nan between
+                raise ValueError(f"{flag}: choose from {about['least']:g} to {about['most']:g}")
+        if self.width % 8:
+            raise ValueError(f"--width {self.width}: choose a multiple of 8: 4 heads of even width")
+
+    def weights(self):
+        """The dtype of matrices: half of the memory if they are frozen, and a LoRA learns."""
+        frozen = self.init and self.lora and self.refine_lora
+        return torch.bfloat16 if frozen and self.dtype == "bfloat16" else torch.float32
+
+    def fixed(self, also=()):
+        """{name: value} of the settings in which the runs of one --out agree. `also` are more that
+        may differ."""
+        free = ("out", "seeds", "methods", *also)
+        return {name: value for name, value in vars(self).items() if name not in free}
 
 # The defaults with --init, tried out on SmolLM2-135M (30 blocks). A model that has read a lot needs
 # fewer and smaller steps of refinement, and more refusals in its few steps of tuning. (Not tried
 # there: with_safe and hold.)
-REAL = dict(layer=15, refine_steps=40, refine_batch=24, refine_lr=1e-4, gamma=16.0, centre=True,
-            with_safe=False, hold=0.0, keep=0.0, still=1.0,
+REAL = dict(layer=0, refine_steps=40, refine_batch=24, refine_lr=1e-4, refine_lora=16, gamma=16.0,
+            centre=True, with_safe=False, hold=0.0, keep=0.0, still=1.0,
             tune_steps=40, tune_batch=16, tune_lr=2e-3, refusals=0.2, lora=16)
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 # ---- 1. Training: LoRA, and one loop for every stage ---------------------------------------------
 
@@ -109,11 +147,11 @@ class LoRA(nn.Module):
     def forward(self, x):
         return self.linear(x) + F.linear(F.linear(x, self.A), self.B)    # (..., in) -> (..., out)
 
-def add_lora(model, rank, seed):
-    """Freeze the model, put a LoRA on each linear map of its blocks; returns what to train."""
+def add_lora(model, blocks, rank, seed):
+    """Freeze the model, put a LoRA on each linear map of these blocks; returns what to train."""
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for parent in list(model.layers.modules()):          # lists: the tree changes while we walk it
+    for parent in list(blocks.modules()):                # lists: the tree changes while we walk it
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(parent, name, LoRA(child, rank, generator).to(child.weight.device))
@@ -136,10 +174,10 @@ def moments(steps):
     late = [steps * i // 10 for i in range(2, 11)]
     return early + late
 
-def train(label, model, parameters, loss, steps, lr, state_file, watch=None):
+def train(name, run, model, parameters, loss, steps, lr, watch=None):
     """Minimise loss(step), a scalar, over `parameters`.
-    Returns a log: seconds, and a curve of what watch() -> dict returned at the `moments`.
-    RuntimeError if the loss is not finite.
+    Returns a log: seconds, the GPU's peak memory in GB, if there is one, and a curve of what
+    watch() -> dict returned at the `moments`. RuntimeError if the loss is not finite.
 
     The state goes to disk every 10 seconds or more and is loaded if it is there: as batches depend
     on the step alone, an interrupted run ends with the numbers of an uninterrupted one."""
@@ -148,17 +186,21 @@ def train(label, model, parameters, loss, steps, lr, state_file, watch=None):
                                   fused=True)
     log = {"seconds": 0.0, "curve": []}
     first = 0
-    if state_file.exists():
-        state = torch.load(state_file, map_location=model.cos.device, weights_only=True)
-        model.load_state_dict(state["model"])
+    state_file = run.folder / f"{name}.state"
+    state = read_state(state_file, run.s.fixed())
+    if state:
+        model.load_state_dict(state["model"], strict=False)              # what is trained, alone
         optimizer.load_state_dict(state["optimizer"])
         log = state["log"]
         first = state["step"]
+    del state                                            # else it would be held all the way
+    if run.s.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
 
     begin = time.time() - log["seconds"]                 # as if earlier runs had been part of this
     saved = time.time()                                  # when the state was last written
     pause = 10                                           # at least so long until the next time
-    bar = tqdm(total=steps, initial=first, desc=label, leave=False)
+    bar = tqdm(total=steps, initial=first, desc=name, leave=False)
     for step in range(first, steps):
         if watch and step in moments(steps):
             log["curve"].append({"step": step, **watch()})
@@ -178,13 +220,14 @@ def train(label, model, parameters, loss, steps, lr, state_file, watch=None):
         if state_due or tenth_or_last:
             if not torch.isfinite(value):       # not at every step: a GPU would have to wait
                 raise RuntimeError(
-                    f"{label}: the loss is {value.item()} at step {step + 1}; lower its learning "
+                    f"{name}: the loss is {value.item()} at step {step + 1}; lower its learning "
                     f"rate (now {lr}), with a new --out; finished stages are kept")
             bar.set_postfix_str(f"loss {value.item():.3f}")
         if state_due:
             log["seconds"] = time.time() - begin
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "log": log,
-                     "step": step + 1}
+            trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+            state = {"model": trained, "optimizer": optimizer.state_dict(), "log": log,
+                     "step": step + 1, "settings": run.s.fixed()}
             write_begin = time.time()
             write(state_file, lambda file: torch.save(state, file))
             saved = time.time()
@@ -193,24 +236,55 @@ def train(label, model, parameters, loss, steps, lr, state_file, watch=None):
     if watch:
         log["curve"].append({"step": steps, **watch()})
     log["seconds"] = time.time() - begin
+    if run.s.device == "cuda":
+        log["gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
     return log
+
+def read_state(path, settings):
+    """The state in a file, on the CPU. None if there is none, or none that can be used: that one is
+    set aside, and the stage begins again."""
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["settings"] == settings:
+            return state
+        why = f"made with other settings, {changes(state['settings'], settings)}"
+    except Exception as error:                           # whatever a damaged file may raise
+        why = f"cannot be read, {type(error).__name__}"
+    aside = path.with_suffix(".aside")
+    os.replace(path, aside)
+    print(f"{path}: {why}; set aside as {aside.name}, the stage begins again")
+    return None
+
+def changes(before, now):
+    """"name was 1, is 2; ..." of all that is not as before, empty if there is nothing."""
+    pairs = [f"{name} was {before.get(name)!r}, is {value!r}" for name, value in now.items()
+             if before.get(name) != value]
+    return "; ".join(pairs)
 
 # ---- 2. The stages: each gives (model, log), and draws its batches from (seed, step) alone -------
 
 @dataclass
 class Run:
     """What all stages of one seed share."""
-    s: Settings
+    s: Settings              # as `resolve` leaves them
     seed: int                # of this run; s.seed is the first
-    device: str
     folder: Path             # of this seed's checkpoints
     parts: Parts             # prompts and answers
     chat: Chat               # tokenizer and chat format
-    autocast: Callable       # autocast() -> the context manager in which models run
+
+    def autocast(self):
+        """The context in which models run."""
+        bf16 = self.s.dtype == "bfloat16"
+        return torch.autocast(self.s.device, torch.bfloat16, enabled=bf16)
 
     def rng(self, purpose, step=0):
         """A generator for each purpose and step: one more stage moves no other's batches."""
         return random.Random(f"{purpose} {self.seed} {step}")
+
+    def lora_seed(self, purpose):
+        return self.rng(f"LoRA of {purpose}").randrange(2 ** 31)
 
     def steps(self, n):
         return max(2, round(n * self.s.scale))           # 2, so that a curve has two ends
@@ -238,7 +312,7 @@ def pretrain(run):
     torch.manual_seed(run.seed)
     config = GPTConfig(vocab_size=run.chat.size, width=s.width, blocks=s.blocks, heads=4,
                        kv_heads=2, head_width=s.width // 4, hidden=3 * s.width)
-    model = GPT(config).to(run.device)
+    model = GPT(config).to(run.s.device)
     exchanges = run.exchanges(run.parts.pretraining, config.context)
     sequences = [(ids, 1) for ids, _ in exchanges]       # 1: prompts are learnt, not answers alone
 
@@ -246,13 +320,13 @@ def pretrain(run):
         batch = run.rng("pretraining", step).sample(sequences, s.pretrain_batch)
         return sft_loss(model, batch, run)
 
-    log = train("base", model, list(model.parameters()), loss, run.steps(s.pretrain_steps),
-                s.pretrain_lr, run.folder / "base.state")
+    log = train("base", run, model, list(model.parameters()), loss, run.steps(s.pretrain_steps),
+                s.pretrain_lr)
     return model, log
 
 def sft_loss(model, sequences, run):
     """The mean of -log pi(y_t | x, y_<t) over what is due in `sequences`, [(ids, first)]."""
-    tokens, targets, texts = collate(sequences, run.device, model.config.context)      # (B, T) each
+    tokens, targets, texts = collate(sequences, run.s.device, model.config.context)    # (B, T) each
     with run.autocast():
         return token_losses(model, tokens, targets, texts).mean()
 
@@ -260,12 +334,12 @@ def refine(name, base, run, s, shuffled=False):
     """Stage 1, contrastive refinement: part harmless from toxic prompts at block l, tail frozen.
     `s` is run.s or a variant. `shuffled` is the control: the same prompts, the truth destroyed."""
     model = copy.deepcopy(base)
-    model.requires_grad_(False)
-    below, _ = model.split(s.layer)
-    # not the embeddings: a word that moved would move in every context
-    trained = [p for key, p in below.items() if not key.startswith("embed")]
-    for p in trained:
-        p.requires_grad_(True)
+    lower = model.layers[:s.layer]      # no embeddings: a word that moved would move in any context
+    if s.refine_lora:
+        trained = add_lora(model, lower, s.refine_lora, run.lora_seed("refinement"))
+    else:
+        model.requires_grad_(False)
+        trained = list(lower.requires_grad_(True).parameters())
 
     seemingly = run.parts.seemingly
     toxic = run.parts.toxic
@@ -280,21 +354,20 @@ def refine(name, base, run, s, shuffled=False):
     toxic = [run.chat.prompt(e.prompt) for e in toxic]
     general = run.exchanges(run.parts.general, base.config.context)
     half = s.refine_batch // 2
-    labels = torch.tensor([0] * half + [1] * half, device=run.device)    # 0 harmless, 1 toxic
-    with torch.no_grad():
+    labels = torch.tensor([0] * half + [1] * half, device=run.s.device)    # 0 harmless, 1 toxic
+    with torch.no_grad(), run.autocast():
         mean = last_states(base, seemingly + toxic, s.layer).mean(0)     # (width,)
 
     def loss(step):
         rng = run.rng("refinement", step)
         prompts = rng.choices(seemingly, k=half) + rng.choices(toxic, k=half)    # balanced
         sequences = rng.choices(general, k=s.refine_batch)
-        tokens, _, texts = collate(sequences, run.device, base.config.context)   # (B, T) each
+        tokens, _, texts = collate(sequences, run.s.device, base.config.context)   # (B, T) each
         with run.autocast():
             return refinement_loss(model, base, prompts, labels, tokens, texts, mean, s)
 
-    log = train(name, model, trained, loss, run.steps(s.refine_steps), s.refine_lr,
-                run.folder / f"{name}.state")
-    model.requires_grad_(True)
+    log = train(name, run, model, trained, loss, run.steps(s.refine_steps), s.refine_lr)
+    merge_lora(model)
     return model, log
 
 def tune(name, start, run, extra=(), later=False):
@@ -312,7 +385,7 @@ def tune(name, start, run, extra=(), later=False):
     model = copy.deepcopy(start)
     parameters = list(model.parameters())
     if s.lora:
-        parameters = add_lora(model, s.lora, run.rng(f"LoRA of {purpose}").randrange(2 ** 31))
+        parameters = add_lora(model, model.layers, s.lora, run.lora_seed(purpose))
 
     def loss(step):
         rng = run.rng(purpose, step)
@@ -330,8 +403,7 @@ def tune(name, start, run, extra=(), later=False):
         with run.autocast():
             return evaluation.three_classes(model, run.chat, run.parts, s.suite // 2)
 
-    log = train(name, model, parameters, loss, steps, s.tune_lr,
-                run.folder / f"{name}.state", watch)
+    log = train(name, run, model, parameters, loss, steps, s.tune_lr, watch)
     merge_lora(model)
     return model, log
 
@@ -367,6 +439,7 @@ def surgical(stl, run):
     leaves the fewest refusals of other benign prompts, while answers to general ones hardly change.
     Returns a model like any other, and a log."""
     begin = time.time()
+    stl = stl.float()                                    # linear algebra wants all digits
     blocks = stl.config.blocks
 
     def chosen(examples, refused):
@@ -409,13 +482,27 @@ def surgical(stl, run):
     return best, {"seconds": time.time() - begin, "curve": []}
 
 def finished(run, name, make):
-    """(model, log) of a stage: from its checkpoint if there is one, else make() -> (model, log)."""
+    """(model, log) of a stage: from its checkpoint if there is one, else make() -> (model, log).
+    ValueError, naming the folder, if that is damaged or other settings made it."""
     folder = run.folder / name
+    settings = run.s.fixed(("kernel",))                  # all that a model or its curve depends on
     if (folder / "config.json").exists():      # save_pretrained writes it last: the rest is there
-        return GPT.from_pretrained(folder).to(run.device), read_json(folder / "log.json")
-    model, log = make()
-    write_json(folder / "log.json", log)
-    model.save_pretrained(folder)
+        try:
+            log = read_json(folder / "log.json")
+            check_origin(log, settings, run.s.device)
+            model = GPT.from_pretrained(folder, device=run.s.device, dtype=run.s.weights())
+            log["seconds"], log["curve"]
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{folder}: {error}; delete that folder to make it again, or choose "
+                             "another --out") from None
+    else:
+        model, log = make()
+        log |= {"settings": settings, "environment": environment(run.s.device)}
+        write_json(folder / "log.json", log)
+        for file in TOKENIZER_FILES:                     # so that the folder is ready to use
+            if run.s.init and (Path(run.s.init) / file).exists():
+                shutil.copy(Path(run.s.init) / file, folder)
+        model.save_pretrained(folder)
     (run.folder / f"{name}.state").unlink(missing_ok=True)
     return model, log
 
@@ -426,13 +513,16 @@ def measure(name, model, log, run, results):
         s = dataclasses.replace(s, kernel=0)
     with run.autocast():
         rows, responses = evaluation.evaluate(model, run.chat, run.parts, s)
-    rows += evaluation.as_rows("stage", "general", 1, seconds=log["seconds"])
+    clock = {what: log[what] for what in ("seconds", "gpu_gb") if what in log}
+    rows += evaluation.as_rows("stage", "general", 1, **clock)
+    lines = [json.dumps(response) + "\n" for response in responses]
+    write(run.folder / "responses" / f"{name}.jsonl", lambda f: f.write("".join(lines).encode()))
     whose = {"method": name, "seed": run.seed}
     results["rows"] += [whose | row for row in rows]
     if log["curve"]:
         results["curves"].append(whose | {"curve": log["curve"]})
     if run.seed == run.s.seed:                 # examples of one seed are enough
-        shown = evaluation.example_responses(run.parts, responses)
+        shown = evaluation.first_of_each(responses, 5)
         results["examples"].append(whose | {"responses": shown})
 
 def run_seed(run, results):
@@ -441,12 +531,6 @@ def run_seed(run, results):
     measured again (to measure anew, delete that file). None stays in memory once it is done."""
     s = run.s
     as_in_paper = dataclasses.replace(s, hold=0.0, still=0.0, keep=0.0, with_safe=False)
-
-    def load_or_pretrain(_):
-        if not s.init:
-            return pretrain(run)
-        model = GPT.from_pretrained(s.init).to(run.device)
-        return model, {"seconds": 0.0, "curve": []}
 
     def tuned(name, make_extra=None, later=False):
         def make(start):
@@ -461,7 +545,7 @@ def run_seed(run, results):
     # refinement reads; -first: that, then plain tuning; -paper: the paper's loss alone; -shuffled:
     # refined with the classes mixed up
     recipes = {
-        "base": (None, load_or_pretrain),
+        "base": (None, lambda _: pretrain(run)),
         "STL": ("base", tuned("STL")),
         "STL-aug": ("base", tuned("STL-aug", natural)),
         "STL-aug-equal": ("base", tuned("STL-aug-equal", equal)),
@@ -481,7 +565,11 @@ def run_seed(run, results):
 
     def stage(name):
         start, make = recipes[name]
-        model, log = finished(run, name, lambda: make(stage(start) if start else None))
+        if name == "base" and s.init:                    # not copied
+            model = GPT.from_pretrained(s.init, device=s.device, dtype=s.weights())
+            log = {"seconds": 0.0, "curve": []}
+        else:
+            model, log = finished(run, name, lambda: make(stage(start) if start else None))
         run.check_lengths(model.config.context)          # before the base is asked the first prompt
         measured = [(row["method"], row["seed"]) for row in results["rows"]]
         if (name, run.seed) not in measured:
@@ -525,21 +613,25 @@ def parse(argv):
     defaults = REAL if given.get("init") else {}
     return Settings(**(defaults | given))
 
-def pick_device(s):
-    """(device, dtype), printed with the reason. ValueError for what is not there or not known."""
+def resolve(s):
+    """The settings with what "auto" and --layer 0 stand for. ValueError for what is not there."""
+    s.check()
     there = {"cuda": torch.cuda.is_available(), "mps": torch.mps.is_available(), "cpu": True}
     available = [device for device in there if there[device]]
     device = available[0] if s.device == "auto" else s.device
     why = "the first available" if s.device == "auto" else "as asked"
     if device not in available:
-        raise ValueError(f"--device {device}: not available here; choose from auto, "
-                         f"{', '.join(available)}")
-    usual = "bfloat16" if device == "cuda" else "float32"
+        raise ValueError(f"--device {device}: not available here; choose {' or '.join(available)}")
+    if device == "cuda":    # cuDNN makes a plan for each new shape, and here nearly all are new
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    usual = "bfloat16" if device == "cuda" and s.init else "float32"
     dtype = usual if s.dtype == "auto" else s.dtype
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"--dtype {dtype}: choose float32, bfloat16 or auto")
+    blocks = read_config(Path(s.init) / "config.json").blocks if s.init else s.blocks
+    layer = s.layer or blocks // 2
+    if not 1 <= layer <= blocks:
+        raise ValueError(f"--layer {layer}: the model has blocks 1 to {blocks}")
     print(f"device {device} ({why}), matrix products in {dtype}, {torch.get_num_threads()} threads")
-    return device, dtype
+    return dataclasses.replace(s, device=device, dtype=dtype, layer=layer)
 
 def environment(device):
     """What numbers depend on besides the settings."""
@@ -551,39 +643,47 @@ def environment(device):
             "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name() if device == "cuda" else device}
 
-def open_results(s, device):
+def check_origin(made, settings, device):
+    """ValueError if other settings made what is on disk; another machine or source is printed."""
+    other = changes(made["settings"], settings)
+    if other:
+        raise ValueError(f"made with other settings ({other})")
+    elsewhere = changes(made["environment"], environment(device))
+    if elsewhere:
+        tqdm.write(f"made elsewhere ({elsewhere}): numbers may differ a little")
+
+def open_results(s):
     """The results so far in --out, or new ones. ValueError if other settings made them."""
-    settings = dataclasses.asdict(s)
-    for free in ("out", "seeds", "methods"):   # these may change from one run to the next
-        del settings[free]
     path = Path(s.out) / "results.json"
     if not path.exists():
-        return {"settings": settings, "environment": environment(device),
+        return {"settings": s.fixed(), "environment": environment(s.device),
                 "rows": [], "curves": [], "examples": []}
     results = evaluation.read_results(Path(s.out))
-    before = results["settings"]
-    changed = [f"{name} was {before.get(name)!r}, is {value!r}" for name, value in settings.items()
-               if before.get(name) != value]
-    if changed:
-        raise ValueError(f"{path}: made with other settings ({'; '.join(changed)}); choose another "
-                         "--out, or delete that folder")
+    try:
+        check_origin(results, s.fixed(), s.device)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; choose another --out, or delete that folder") from None
     return results
 
+def lock(out):
+    """A file that one run at a time can hold, and holds until it ends."""
+    out.mkdir(parents=True, exist_ok=True)
+    file = open(out / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{out}: another run writes there; wait or choose another --out") from None
+    for unfinished in out.rglob("*.part"):               # of a run that was killed as it wrote
+        unfinished.unlink()
+    return file
+
 def run_all(s):
-    """Every stage of every seed, with results.json and the checkpoints in --out."""
-    if s.split not in ("held-out", "development"):
-        raise ValueError(f"--split {s.split}: choose held-out or development")
-    device, dtype = pick_device(s)
-    blocks = read_config(Path(s.init) / "config.json").blocks if s.init else s.blocks
-    if not 1 <= s.layer <= blocks:
-        raise ValueError(f"--layer {s.layer}: the model has blocks 1 to {blocks}")
+    """Every stage of every seed, with results.json and the checkpoints in --out. Nothing is written
+    until all that the command names has been read."""
+    s = resolve(s)
     out = Path(s.out)
-    results = open_results(s, device)
-    write_json(out / "results.json", results)
-
-    def autocast():
-        return torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
-
+    results = open_results(s)
+    held = None
     for seed in range(s.seed, s.seed + s.seeds):
         if s.data:
             parts = load_folder(s.data, seed, evaluation.is_refusal, s.suite)
@@ -594,11 +694,13 @@ def run_all(s):
         if s.split == "development":
             parts = dataclasses.replace(parts, suites=parts.dev)
         chat = load_tokenizer(s.init) if s.init else world_chat(parts)
+        held = held or lock(out)
         print(f"\nseed {seed}")
         evaluation.show_parts(parts)
-        run_seed(Run(s, seed, device, out / f"seed-{seed}", parts, chat, autocast), results)
+        run_seed(Run(s, seed, out / f"seed-{seed}", parts, chat), results)
 
 def main(argv=None):
+    sys.stdout.reconfigure(errors="replace")             # a terminal may know ASCII alone
     s = parse(argv)
     run_all(s)
     evaluation.report(Path(s.out))

@@ -45,8 +45,8 @@ SMOLLM2 = GPTConfig(vocab_size=49152, width=576, blocks=30, heads=9, kv_heads=3,
 
 def circle(quick):
     sizes = {"cpu": [256, 1024] if quick else [256, 1024, 4096],
-             "cuda": [1024, 4096] if quick else [1024, 4096, 16384, 32768, 65536, 131072]}[DEVICE]
-    widths = {"cpu": (64, 576), "cuda": (64, 512, 1024)}[DEVICE]
+             "cuda": [1024, 4096] if quick else [1024, 4096, 16384, 65536]}[DEVICE]
+    widths = {"cpu": (64, 576), "cuda": (64, 1024)}[DEVICE]
     for d in widths:
         for N in sizes:
             def features():
@@ -94,7 +94,7 @@ def step(quick):
     it is due; theirs the usual way, padded, with labels of -100."""
     many = {"cpu": {"small GPT": (SMALL, 64), "SmolLM2-135M": (SMOLLM2, 4)},
             "cuda": {"small GPT": (SMALL, 512), "SmolLM2-135M": (SMOLLM2, 64)}}[DEVICE]
-    run = SimpleNamespace(device=DEVICE, autocast=lambda: torch.autocast(DEVICE, torch.bfloat16,
+    run = SimpleNamespace(s=SimpleNamespace(device=DEVICE), autocast=lambda: torch.autocast(DEVICE, torch.bfloat16,
                                                                          enabled=DEVICE == "cuda"))
     for name, (config, B) in list(many.items())[:1 if quick else 2]:
         T = 24 if config is SMALL else 128
@@ -109,37 +109,35 @@ def step(quick):
         texts = [(ids, 1) for ids in rectangle.tolist()]
         for what, sequences, tokens, targets in (("rectangle", texts, rectangle, rectangle),
                                                  ("exchanges", exchanges, padded, labels)):
-            for compiled in (False, True) if DEVICE == "cuda" and what == "rectangle" else (False,):
-                def ours(model):
-                    if what == "exchanges":
-                        return sft_loss(model, sequences, run)
-                    logits = model(tokens[:, :-1])
-                    return F.cross_entropy(logits.flatten(0, 1).float(), targets[:, 1:].flatten())
+            def ours(model):
+                if what == "exchanges":
+                    return sft_loss(model, sequences, run)
+                logits = model(tokens[:, :-1])
+                return F.cross_entropy(logits.flatten(0, 1).float(), targets[:, 1:].flatten())
 
-                def theirs(model):
-                    logits = model(tokens[:, :-1]).logits
-                    return F.cross_entropy(logits.flatten(0, 1).float(), targets[:, 1:].flatten())
+            def theirs(model):
+                logits = model(tokens[:, :-1]).logits
+                return F.cross_entropy(logits.flatten(0, 1).float(), targets[:, 1:].flatten())
 
-                def training(make, loss):
-                    def start():
-                        torch.manual_seed(0)
-                        model = make(config)
-                        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-                        called = torch.compile(model) if compiled else model
+            def training(make, loss):
+                def start():
+                    torch.manual_seed(0)
+                    model = make(config)
+                    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
-                        def work():
-                            with run.autocast():
-                                value = loss(called)
-                            value.backward()
-                            optimizer.step()
-                            optimizer.zero_grad()
-                        return work
-                    return start
-                tokens, targets = tokens.to(DEVICE), targets.to(DEVICE)
-                yield (f"training step, {name}, {what}, {sum(len(ids) - 1 for ids, _ in sequences):,} tokens"
-                       f"{', compiled' if compiled else ''}", 30 if config is SMALL else 7,
-                       {"ours": training(lambda config: GPT(config).to(DEVICE), ours),
-                        "transformers": training(llama, theirs)})
+                    def work():
+                        with run.autocast():
+                            value = loss(model)
+                        value.backward()
+                        optimizer.step()
+                        optimizer.zero_grad()
+                    return work
+                return start
+            tokens, targets = tokens.to(DEVICE), targets.to(DEVICE)
+            yield (f"training step, {name}, {what}, {sum(len(ids) - 1 for ids, _ in sequences):,} tokens",
+                   30 if config is SMALL else 7,
+                   {"ours": training(lambda config: GPT(config).to(DEVICE), ours),
+                    "transformers": training(llama, theirs)})
 
 
 def generation(quick):
@@ -190,6 +188,8 @@ NEEDS = {"pytorch-metric-learning": "pytorch_metric_learning", "transformers": "
 # Measuring
 
 def seconds(work):
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()                 # what was queued before does not count
     begin = time.perf_counter()
     work()
     if DEVICE == "cuda":
@@ -200,6 +200,7 @@ def seconds(work):
 def memory_here(work):
     """Peak bytes while work() runs, beyond what was held before; on a CPU only right in a new process."""
     if DEVICE == "cuda":
+        work()                                   # workspaces that the first time leaves do not count
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
         work()
@@ -213,7 +214,9 @@ def memory_here(work):
     return 1024 * (kilobytes("VmHWM:") - held)
 
 
-def memory(section, name, who):
+def memory(section, name, who, work):
+    if DEVICE == "cuda":
+        return memory_here(work)
     if DEVICE == "cpu" and not Path("/proc/self/clear_refs").exists():
         return None
     child = subprocess.run([sys.executable, __file__, "--memory", section, name, who], capture_output=True,
@@ -240,7 +243,7 @@ def measure(section, quick):
             for who, work in works.items():
                 times[who].append(seconds(work))
         yield {"work": name, **{who: {"seconds": statistics.median(times[who]),
-                                      "bytes": memory(section, name, who)} for who in works}}
+                                      "bytes": memory(section, name, who, works[who])} for who in works}}
 
 
 def table(rows):
@@ -273,12 +276,15 @@ def main():
              "threads": torch.get_num_threads(), "torch": torch.__version__,
              **{name: version(name) for name, module in NEEDS.items() if find_spec(module)}}
     print(", ".join(f"{key} {value}" for key, value in found.items()))
-    rows = [row for section in args.only for row in measure(section, args.quick)]
+    rows = []
+    for section in args.only:
+        for row in measure(section, args.quick):
+            rows.append(row)
+            if args.out:                                               # what is measured is kept
+                part = Path(args.out + ".part")
+                part.write_text(json.dumps({**found, "rows": rows}, indent=1))
+                part.replace(args.out)
     print(table(rows))
-    if args.out:
-        part = Path(args.out + ".part")
-        part.write_text(json.dumps({**found, "rows": rows}, indent=1))
-        part.replace(args.out)
 
 
 if __name__ == "__main__":

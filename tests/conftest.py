@@ -2,7 +2,6 @@
 import dataclasses
 import os
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from train import Run, Settings                  # noqa: E402
 # Settings with which every stage takes a moment
 TINY = dict(width=16, blocks=2, layer=1, pretrain_steps=6, pretrain_batch=8, refine_steps=6,
             refine_batch=8, tune_steps=6, tune_batch=8, later_steps=6, max_new=6, lora=2, kernel=2,
+            device="cpu", dtype="float32",
             methods="STL,STL-aug,DCR,DCR+later,DCR-shuffled,Surgical")
 
 
@@ -61,4 +61,4 @@ def model(chat):
 
 @pytest.fixture
 def run(parts, chat, tmp_path):
-    return Run(Settings(**TINY), 0, "cpu", tmp_path / "seed-0", parts, chat, nullcontext)
+    return Run(Settings(**TINY), 0, tmp_path / "seed-0", parts, chat)

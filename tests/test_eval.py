@@ -164,7 +164,8 @@ def test_general_loss_is_a_mean_over_response_tokens(model, parts, chat):
 
 def test_evaluate_rows_are_those_of_the_slow_way(model, parts, chat):
     """Every rate of every suite is counted anew, one prompt at a time."""
-    rows, responses = evaluation.evaluate(model, chat, parts, SETTINGS)
+    rows, said = evaluation.evaluate(model, chat, parts, SETTINGS)
+    responses = {entry["prompt"]: entry["response"] for entry in said}
     found = {(row["suite"], row["kind"], row["metric"]): row for row in rows}
     assert len(found) == len(rows)                                                  # none is there twice
     for suite, halves in parts.suites.items():
@@ -218,10 +219,11 @@ def test_where_no_answer_is_known_none_is_called_right(model, parts, chat):
 
 
 def test_examples_are_five_of_each_half(parts):
-    responses = {e.prompt: f"re {e.prompt}" for halves in parts.suites.values()
-                 for examples in halves.values() for e in examples}
-    shown = evaluation.example_responses(parts, responses)
-    assert all(example["response"] == f"re {example['prompt']}" for example in shown)
+    responses = [{"suite": suite, "kind": kind, "prompt": e.prompt} for suite, halves in parts.suites.items()
+                 for kind, examples in halves.items() for e in examples]
+    general = [{"suite": "general", "kind": "general", "prompt": e.prompt} for e in parts.general_heldout]
+    shown = evaluation.first_of_each(responses + general, 5)
+    assert all(example in responses for example in shown)
     counts = Counter((example["suite"], example["kind"]) for example in shown)
     assert counts == {(suite, kind): min(5, len(examples)) for suite, halves in parts.suites.items()
                       for kind, examples in halves.items()}

@@ -1,13 +1,14 @@
 """What `model.py` claims: it IS Llama and Qwen2, the cut at block l is a cut, the cache changes nothing but
 time, and a bad checkpoint is one clear line. Everything runs on tiny random models, offline."""
 import json
+import math
 
 import pytest
 import torch
 
 from data import collate
-from model import (GPT, Cache, GPTConfig, Packed, generate, generate_plain, last_states, prefill,
-                   read_safetensors, right_padded, rotary_table, rotate, token_losses)
+from model import (GPT, Cache, GPTConfig, Packed, generate, last_states, prefill,
+                   read_safetensors, right_padded, rotary_table, rotate, token_losses, write_safetensors)
 
 TINY = dict(vocab_size=50, width=32, blocks=3, heads=4, kv_heads=2, head_width=8, hidden=48, context=64)
 
@@ -35,7 +36,7 @@ LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_fac
     ("Llama", {}), ("Llama", dict(tie_word_embeddings=True)), ("Llama", dict(head_dim=16)),
     ("Llama", dict(rope_parameters=LLAMA3 | dict(rope_theta=500.0))),
     ("Qwen2", {}), ("Qwen2", dict(tie_word_embeddings=True)),
-    ("Qwen2", dict(rope_parameters=dict(rope_type="default", rope_theta=1e6))),
+    ("Qwen2", dict(rope_parameters=dict(rope_type="default", rope_theta=1e6))), ("Qwen3", dict(head_dim=16)),
 ])
 def test_logits_are_those_of_transformers(kind, changes, tmp_path):
     """Any slip in the order of norms, the pairing of rotary coordinates or the sharing of heads shows."""
@@ -110,38 +111,28 @@ def test_tail_after_the_last_block_takes_single_positions():
     assert torch.allclose(model.tail(hidden[0, 5], since=3), model(tokens)[0, 5], atol=1e-5)
 
 
+def above(model, l):
+    """The parameters that come after block l."""
+    return [*model.layers[l:].parameters(), *model.norm.parameters(), *model.lm_head.parameters()]
+
+
 @pytest.mark.parametrize("l", [0, 1, 2, 3])
 def test_upto_l_computes_nothing_above_block_l(l):
     """Every later parameter is NaN; one touch and the stream would be NaN too."""
     model, tokens = tiny(), some_tokens(2, 12)
     clean = model(tokens, upto=l)
-    for p in model.split(l)[1].values():
+    for p in above(model, l):
         p.data.fill_(float("nan"))
     assert torch.equal(model(tokens, upto=l), clean)
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("l", [0, 1, 2, 3])
-def test_split_puts_every_parameter_on_the_side_that_the_gradient_says(l, tied):
-    model = tiny(tied=tied)
-    below, above = model.split(l)
-    assert not below.keys() & above.keys() and below | above == dict(model.named_parameters())
-    for p in above.values():
-        p.requires_grad_(False)
-    stream = model(some_tokens(2, 12), upto=l)
-    if below:                                    # tied, l = 0: nothing is left to train
-        stream.square().sum().backward()
-    assert all(p.grad is not None for p in below.values()) and all(p.grad is None for p in above.values())
-    assert ("embed_tokens.weight" in above) == tied
 
 
 def test_untied_the_tail_has_no_gradient_from_the_stream_even_unfrozen():
     model = tiny()
     model(some_tokens(2, 12), upto=2).square().sum().backward()
-    assert all(p.grad is None for p in model.split(2)[1].values())
+    assert all(p.grad is None for p in above(model, 2))
 
 
-@pytest.mark.parametrize("call", [lambda m: m(some_tokens(1, 4), upto=4), lambda m: m.split(-1),
+@pytest.mark.parametrize("call", [lambda m: m(some_tokens(1, 4), upto=4), lambda m: m(some_tokens(1, 4), upto=-1),
                                   lambda m: m.tail(torch.zeros(1, 4, 32), since=4)])
 def test_a_block_that_does_not_exist_is_an_error(call):
     with pytest.raises(ValueError, match="there is no block (4|-1): the model has 3"):
@@ -203,6 +194,20 @@ def test_the_prompt_teaches_nothing():
 # --------------------------------------------------------------------------------------- cache and generation
 
 
+@torch.no_grad()
+def generate_plain(model, prompts, max_new, stop):
+    """The definition of `generate`: one prompt at a time and no cache."""
+    answers = [[] for _ in prompts]
+    for prompt, answer in zip(prompts, answers):
+        for _ in range(max_new):
+            tokens = torch.tensor([prompt + answer], device=model.cos.device)    # (1, T)
+            token = model(tokens)[0, -1].argmax().item()
+            if token == stop:
+                break
+            answer.append(token)
+    return answers
+
+
 def test_batched_generation_is_plain_generation_token_for_token():
     """Rounding could part them at a near tie; the gaps between these logits are far wider than the rounding.
     The stop token is one that some rows meet and others do not: rows leave the batch at different steps."""
@@ -260,7 +265,7 @@ def test_prompts_that_do_not_fit_are_named():
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 
-VARIANTS = [{}, dict(tied=True), dict(qkv_bias=True),
+VARIANTS = [{}, dict(tied=True), dict(qkv_bias=True), dict(qk_norm=True),
             dict(rope_theta=500.0, rope_scaling=(8.0, 1.0, 4.0, 32))]
 
 
@@ -310,6 +315,22 @@ def test_half_precision_shards_load_into_fp32(dtype, tmp_path):
         GPT.from_pretrained(tmp_path)
 
 
+def test_matrices_may_stay_in_bf16_and_norms_do_not(tmp_path):
+    """What is frozen takes half of the memory and of the disk; what a norm multiplies keeps its digits."""
+    tiny(qkv_bias=True).save_pretrained(tmp_path)
+    half = GPT.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for name, p in half.named_parameters():
+        assert p.dtype == (torch.bfloat16 if p.dim() == 2 else torch.float32), name
+    half.save_pretrained(tmp_path / "half")
+    sizes = [(tmp_path / folder / "model.safetensors").stat().st_size for folder in ("", "half")]
+    assert sizes[1] < 0.53 * sizes[0]
+    again = GPT.from_pretrained(tmp_path / "half", dtype=torch.bfloat16)
+    assert all(torch.equal(p, q) for p, q in zip(half.parameters(), again.parameters(), strict=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = half(some_tokens(2, 40)).float()
+    assert torch.allclose(logits, GPT.from_pretrained(tmp_path)(some_tokens(2, 40)), atol=0.1)
+
+
 def test_a_copy_of_the_tied_head_and_files_beside_model_safetensors_are_ignored(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     model = tiny(tied=True)
@@ -355,6 +376,16 @@ def header(change):
     return weights(spoil)
 
 
+def tensors(change):
+    """`change` alters {name: tensor} in place."""
+    def spoil(folder):
+        path = folder / "model.safetensors"
+        stored = {name: x.clone() for name, x in read_safetensors(path).items()}
+        change(stored)
+        write_safetensors(path, stored)
+    return spoil
+
+
 def norm(**changes):
     return header(lambda h: h["model.norm.weight"].update(changes))
 
@@ -367,20 +398,20 @@ BAD = {                                          # fault: (how to make it, what 
     "JSON list": (lambda f: (f / "config.json").write_text("[1]"),
                   "config.json: not a JSON object; the copy"),
     "architecture": (config(model_type="mamba"),
-                     "config.json: model_type is 'mamba', only 'llama' or 'qwen2' is supported; choose"),
+                     "config.json: model_type is 'mamba', only 'llama' or 'qwen2' or 'qwen3' is supported"),
     "activation": (config(hidden_act="gelu"), "hidden_act is 'gelu', only 'silu' is supported"),
     "o_proj bias": (config(attention_bias=True), "attention_bias is True, only False is supported"),
     "MLP bias": (config(mlp_bias=True), "mlp_bias is True, only False is supported"),
     "sliding window": (config(use_sliding_window=True), "use_sliding_window is True, only False is"),
     "rope, old key": (config(rope_scaling={"type": "linear"}), "rope_type is 'linear', only 'default'"),
     "rope, new key": (config(rope_parameters={"rope_type": "yarn"}), "rope_type is 'yarn', only 'default'"),
-    "no size": (config(hidden_size=None), "config.json: hidden_size is None, not a number above 0; the"),
-    "quoted size": (config(vocab_size="50"), "config.json: vocab_size is '50', not a number above 0; the"),
+    "no size": (config(hidden_size=None), "config.json: hidden_size is None, not a number above 0, and finite; the"),
+    "quoted size": (config(vocab_size="50"), "config.json: vocab_size is '50', not a number above 0, and"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no *.safetensors in it; convert the"),
     "empty file": (weights(lambda raw: b""), "model.safetensors: no such file, or nothing in it; the copy"),
     "truncated": (weights(lambda raw: raw[:-100]),
-                  "model.safetensors: tensor lm_head.weight F32 [50, 32] cannot lie in bytes 99456 to 105856 "
-                  "of 105756; the copy is damaged or incomplete, make it again"),
+                  "model.safetensors: tensor lm_head.weight F32 [50, 32] cannot lie in bytes 99456 to "
+                  "105856, after 99456 of 105756; the copy is damaged or incomplete, make it again"),
     "long header": (weights(lambda raw: b"\xff" * 8 + raw[8:]), "the header would end at byte 1844674407370"),
     "no safetensors": (weights(lambda raw: bytes([40]) + bytes(200)), "the header is not one of safetensors"),
     "no offsets": (norm(data_offsets=None), "the header is not one of safetensors"),
@@ -392,9 +423,18 @@ BAD = {                                          # fault: (how to make it, what 
     "negative shape": (norm(shape=[-4, -8]), "F32 [-4, -8] cannot lie in bytes"),
     "size of another type": (norm(dtype="BF16"), "tensor model.norm.weight BF16 [32] cannot lie in bytes"),
     "unknown type": (norm(dtype="I8"), "tensor model.norm.weight is I8, only F32, F16, BF16 are supported"),
-    "missing tensor": (header(lambda h: h.pop("model.norm.weight")),
+    "a hole": (weights(lambda raw: raw.replace(b'[99328, 99456]', b'[99332, 99460]')),
+               "F32 [32] cannot lie in bytes 99332 to 99460, after 99328"),
+    "bytes beyond": (weights(lambda raw: raw + b"more"), "no tensor has the bytes from 105856 on; the copy"),
+    "NaN": (tensors(lambda t: t["model.norm.weight"].fill_(math.nan)), "model.norm.weight has NaN or infinity"),
+    "infinity": (tensors(lambda t: t["model.norm.weight"].fill_(math.inf)), "has NaN or infinity; the copy"),
+    "many blocks": (config(num_hidden_layers=10 ** 6), "1000000 blocks, too many; use the config and weights"),
+    "infinite size": (config(vocab_size=math.inf), "vocab_size is inf, not a number above 0, and finite"),
+    "rope list": (config(rope_scaling=[1]), "rope settings are [1], not an object"),
+    "quoted tie": (config(tie_word_embeddings="false"), "tie_word_embeddings is 'false', only True or False"),
+    "missing tensor": (tensors(lambda t: t.pop("model.norm.weight")),
                        "tensor model.norm.weight should be [32], in the weights it is absent; use the conf"),
-    "surplus tensor": (header(lambda h: h.update(more=h["model.norm.weight"])),
+    "surplus tensor": (tensors(lambda t: t.update(more=t["model.norm.weight"])),
                        "tensor more should be absent, in the weights it is [32]; use the config and"),
     "wrong shape": (norm(shape=[4, 8]), "tensor model.norm.weight should be [32], in the weights it is [4,"),
     "Llama as Qwen2": (config(model_type="qwen2"), "k_proj.bias should be [16], in the weights it is absent"),

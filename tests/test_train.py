@@ -53,7 +53,7 @@ def test_a_prompt_that_leaves_no_room_for_a_response_is_named(part, run, parts):
 
 def test_lora_starts_at_the_base_to_the_bit_and_trains_nothing_else(model):
     before = model(TOKENS)
-    parameters = add_lora(model, 2, seed=0)
+    parameters = add_lora(model, model.layers, 2, seed=0)
     assert torch.equal(model(TOKENS), before)
     assert len(parameters) == 2 * 7 * model.config.blocks        # A and B of each of a block's 7 linear maps
     model(TOKENS).square().sum().backward()
@@ -64,7 +64,7 @@ def test_lora_starts_at_the_base_to_the_bit_and_trains_nothing_else(model):
 def test_lora_is_the_matrix_w_plus_b_a(model):
     """y = W x + B (A x), as on paper, at every linear map."""
     linear = model.layers[0].mlp.up_proj
-    add_lora(model, 2, seed=0)
+    add_lora(model, model.layers, 2, seed=0)
     lora, x = model.layers[0].mlp.up_proj, torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
     lora.B.data += 0.5
     assert lora.linear is linear and torch.linalg.matrix_rank(lora.B @ lora.A) == 1
@@ -74,7 +74,7 @@ def test_lora_is_the_matrix_w_plus_b_a(model):
 def test_merged_lora_is_the_tuned_model_as_an_ordinary_one(model):
     """Ranks: a larger one would mean that something else was written, a smaller one that B A was not."""
     original = {name: p.clone() for name, p in model.named_parameters()}
-    parameters = add_lora(model, 2, seed=0)
+    parameters = add_lora(model, model.layers, 2, seed=0)
     for p in parameters:
         p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
     tuned = model(TOKENS)
@@ -388,7 +388,7 @@ def small_world():
     """The command with the miniature world cut down: its flags, less --out."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "World", lambda seed: SimpleNamespace(parts=lambda *how: small_parts(seed)))
-        yield [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()] + ["--device=cpu"]
+        yield [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
 
 
 @pytest.fixture(scope="module")
@@ -401,7 +401,7 @@ def finished(small_world, tmp_path_factory):
 
 def trained_stages(monkeypatch):
     labels, loop = [], train.train
-    monkeypatch.setattr(train, "train", lambda label, *rest: labels.append(label) or loop(label, *rest))
+    monkeypatch.setattr(train, "train", lambda name, *rest: labels.append(name) or loop(name, *rest))
     return labels
 
 
@@ -466,7 +466,7 @@ def test_a_loss_that_is_not_a_number_is_one_line_and_earlier_stages_are_kept(sma
     said = str(error.value)
     assert re.match(r"STL: the loss is (nan|inf) at step \d; lower .* rate \(now 1e\+30\)", said)
     assert "\n" not in said
-    assert [folder.name for folder in (tmp_path / "seed-0").iterdir()] == ["base"]
+    assert sorted(path.name for path in (tmp_path / "seed-0").iterdir()) == ["base", "responses"]
     assert {row["method"] for row in json.loads((tmp_path / "results.json").read_text())["rows"]} == {"base"}
 
 
@@ -510,8 +510,8 @@ def test_tables_and_figures_can_be_rebuilt_from_the_results(finished):
     """To the byte, by another process: nothing in them comes from anywhere else."""
     written = {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()}
     figures = {f"{name}.png" for name in train.evaluation.FIGURES}
-    assert set(written) == {"results.json", "results.md"} | figures
-    for name in written.keys() - {"results.json"}:
+    assert set(written) == {"results.json", "results.md", ".lock"} | figures
+    for name in written.keys() - {"results.json", ".lock"}:
         (finished / name).unlink()
     done = subprocess.run([sys.executable, "eval.py", "--out", str(finished)], cwd=ROOT, capture_output=True)
     assert done.returncode == 0
@@ -608,7 +608,7 @@ def test_help_explains_every_setting(capsys):
     for field in dataclasses.fields(Settings):
         flag = f"--{field.name.replace('_', '-')}"
         assert re.search(rf"{flag} \S+ \[{re.escape(str(field.default))}[;\]]", said), flag
-    assert "l: refinement shapes the states after this block" in said and "[3; with --init 15]" in said
+    assert "l: refinement shapes the states after this block" in said and "[3; with --init 0]" in said
 
 
 @pytest.mark.parametrize("argv", [["--gama=9"], ["--layer=two"], ["surplus"], ["--centre=perhaps"]])
@@ -636,13 +636,32 @@ def test_a_checkpoint_brings_its_own_defaults_which_flags_override():
 
 
 @pytest.mark.parametrize("argv, says", [
-    (["--device=tpu"], "--device tpu: not available here; choose from auto"),
-    (["--device=cpu", "--dtype=int8"], "--dtype int8: choose float32, bfloat16 or auto"),
+    ("--device=tpu", "--device tpu: choose auto or cpu or cuda or mps"),
+    ("--dtype=int8", "--dtype int8: choose auto or float32 or bfloat16"),
+    ("--split=dev", "--split dev: choose held-out or development"),
+    ("--tune-steps=0", "--tune-steps 0: choose from 1 to 1e+30"),
+    ("--scale=inf", "--scale inf: choose from 1e-06 to 1e+30"),
+    ("--gamma=nan", "--gamma nan: choose from 0.001 to 1e+30"),
+    ("--refusals=2", "--refusals 2.0: choose from 0 to 1"),
+    ("--lora=-1", "--lora -1: choose from 0 to 1e+30"),
+    ("--suite=0", "--suite 0: choose from 1 to 1e+30"),
+    ("--layer=9", "--layer 9: the model has blocks 1 to 4"),
+    ("--width=30", "--width 30: choose a multiple of 8"),
 ])
-def test_devices_that_are_not_there_are_named(argv, says):
-    with pytest.raises(ValueError, match=re.escape(says)):
-        train.pick_device(parse(argv))
-    assert train.pick_device(parse(["--device=cpu"])) == ("cpu", "float32")
+def test_a_setting_out_of_its_range_is_named_and_nothing_is_written(argv, says, tmp_path):
+    with pytest.raises(ValueError, match="^" + re.escape(says)):
+        train.main([argv, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_default_is_within_its_range():
+    for argv in ([], ["--init=somewhere"]):
+        parse(argv).check()
+
+
+def test_what_auto_and_layer_0_stand_for_is_resolved_before_anything_is_compared():
+    s = train.resolve(parse(["--device=cpu", "--layer=0"]))
+    assert (s.device, s.dtype, s.layer) == ("cpu", "float32", 2)
 
 
 def malformed(folder):
