@@ -54,6 +54,7 @@ class Settings:
     methods: str = knob("STL,STL-aug,DCR", "what to compare: names from `run_seed`, or all")
     suite: int = knob(80, "prompts a half of a suite, at most", 1)
     kernel: int = knob(4, "prompts a class to measure kernels on; time grows with the square")
+    curve: bool = knob(True, "measure refusals along tuning too, which takes a large model long")
     split: str = knob("held-out", "suites to evaluate on; choose settings on 'development' instead",
                       choices=("held-out", "development"))
 
@@ -127,7 +128,7 @@ class Settings:
 # there: with_safe and hold.)
 REAL = dict(layer=0, refine_steps=40, refine_batch=24, refine_lr=1e-4, refine_lora=16, gamma=16.0,
             centre=True, with_safe=False, hold=0.0, keep=0.0, still=1.0,
-            tune_steps=40, tune_batch=16, tune_lr=2e-3, refusals=0.2, lora=16)
+            tune_steps=40, tune_batch=16, tune_lr=2e-3, refusals=0.2, lora=16, curve=False)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -403,7 +404,7 @@ def tune(name, start, run, extra=(), later=False):
         with run.autocast():
             return evaluation.three_classes(model, run.chat, run.parts, s.suite // 2)
 
-    log = train(name, run, model, parameters, loss, steps, s.tune_lr, watch)
+    log = train(name, run, model, parameters, loss, steps, s.tune_lr, watch if s.curve else None)
     merge_lora(model)
     return model, log
 

@@ -1,6 +1,7 @@
 """Speed and memory of the parts that count, each against a well-known implementation of the same.
 
     python tests/bench.py [--only circle step generate kernel] [--quick] [--out bench.json]
+    python tests/bench.py --fit 0.5B 1.5B 7B
 
 Ours and theirs take turns within one run, after a warm-up, and the medians are compared: a busy machine then
 slows down both. On a CPU, peak memory is that of a process of its own that does the work once, less what it
@@ -14,10 +15,13 @@ held before; on a GPU it is the allocator's. Nothing here is a test: times depen
 import argparse
 import json
 import platform
+import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,9 +34,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dcr import circle_loss, kernel_norms                              # noqa: E402 (after the path is set)
+from data import Example, World, world_chat                            # noqa: E402 (after the path is set)
+from dcr import circle_loss, kernel_norms                              # noqa: E402
 from model import GPT, GPTConfig, generate                             # noqa: E402
-from train import sft_loss                                             # noqa: E402
+from train import REAL, Run, parse, refine, resolve, sft_loss, tune    # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = GPTConfig(vocab_size=1536, heads=4, kv_heads=2)                 # the GPT of train.py, with more words
@@ -180,6 +185,41 @@ def kernels(quick):
         "ours": lambda: lambda: kernel_norms(model, prompts), "torch.func": theirs}
 
 
+# Shapes of Qwen2.5, by size
+SHAPES = {"0.5B": dict(width=896, blocks=24, heads=14, kv_heads=2, head_width=64, hidden=4864, tied=True),
+          "1.5B": dict(width=1536, blocks=28, heads=12, kv_heads=2, head_width=128, hidden=8960, tied=True),
+          "tiny": dict(width=64, blocks=2, heads=4, kv_heads=2, head_width=16, hidden=64),
+          "7B": dict(width=3584, blocks=28, heads=28, kv_heads=4, head_width=128, hidden=18944)}
+
+
+def fit(sizes):
+    """Does it fit the card? Peak memory and time of the stages as `train.py --init` runs them, on random models
+    of Qwen2.5's shapes, with prompts of 50 tokens and answers of 65: matrices in bf16, LoRA in both stages."""
+    world = World(0).parts(4)
+    chat, rng = world_chat(world), random.Random(0)
+    objects = [o for members in World(0).members.values() for o in members]
+
+    def examples(n):
+        return [Example(" ".join(rng.choices(objects, k=47)), " ".join(rng.choices(objects, k=64))) for _ in range(n)]
+    parts = replace(world, general=examples(200), safe=examples(50), seemingly=examples(50), toxic=examples(50))
+    settings = replace(resolve(parse(["--dtype=bfloat16"])), **REAL)
+    for size in sizes:
+        config = GPTConfig(vocab_size=152064, context=2048, qkv_bias=True, **SHAPES[size])
+        with torch.device(DEVICE):
+            base = GPT(config)
+        for p in base.parameters():
+            p.data = p.data.bfloat16() if p.dim() == 2 else p.data
+        s = replace(settings, layer=config.blocks // 2, refine_steps=5, tune_steps=5)
+        with tempfile.TemporaryDirectory() as folder:
+            run = Run(s, 0, Path(folder), parts, chat)
+            refined, refining = refine("refined", base, run, s)
+            del base
+            _, tuning = tune("DCR", refined, run)
+            for stage, log in (("refinement", refining), ("tuning", tuning)):
+                yield {"model": size, "stage": stage, "GB": log.get("gpu_gb"), "seconds a step": log["seconds"] / 5}
+        del refined
+
+
 SECTIONS = {"circle": circle, "step": step, "generate": generation, "kernel": kernels}
 NEEDS = {"pytorch-metric-learning": "pytorch_metric_learning", "transformers": "transformers"}
 
@@ -264,6 +304,8 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="[all] sections")
     parser.add_argument("--quick", action="store_true", help="the small sizes alone")
+    parser.add_argument("--fit", nargs="+", choices=SHAPES, default=[], metavar="SIZE",
+                        help="instead: do models of 0.5B, 1.5B, 7B fit the GPU?")
     parser.add_argument("--out", default="", help="[none] file for the figures as JSON")
     parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)           # in a child process
     args = parser.parse_args()
@@ -277,14 +319,17 @@ def main():
              **{name: version(name) for name, module in NEEDS.items() if find_spec(module)}}
     print(", ".join(f"{key} {value}" for key, value in found.items()))
     rows = []
-    for section in args.only:
-        for row in measure(section, args.quick):
+    for section in ["fit"] if args.fit else args.only:
+        for row in fit(args.fit) if args.fit else measure(section, args.quick):
             rows.append(row)
+            if args.fit:
+                print(row)
             if args.out:                                               # what is measured is kept
                 part = Path(args.out + ".part")
                 part.write_text(json.dumps({**found, "rows": rows}, indent=1))
                 part.replace(args.out)
-    print(table(rows))
+    if not args.fit:
+        print(table(rows))
 
 
 if __name__ == "__main__":
