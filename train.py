@@ -67,6 +67,7 @@ class Settings:
                       "large models gain and small ones lose",
                       choices=("auto", "float32", "bfloat16"))
     scale: float = knob(1.0, "multiplies the steps of all stages; 0.02 takes seconds", 1e-6)
+    longest: int = knob(256, "tokens a training sequence; longer answers are cut", 8)
     width: int = knob(64, "of the small GPT: 48 is too little to hold the world's facts", 16)
     blocks: int = knob(4, "of the small GPT", 1)
     pretrain_steps: int = knob(1500, "enough to know the facts; with many more STL errs less", 1)
@@ -74,7 +75,7 @@ class Settings:
     pretrain_lr: float = knob(4e-3, "high, as small models like it; warmed up, then decayed", 1e-9)
 
     layer: int = knob(3, "l: refinement shapes the states after this block and freezes all above; "
-                      "0 takes half of the blocks")
+                      "0 takes two thirds of the blocks")
     refine_steps: int = knob(300, "100 are too few on some seeds, 600 no better", 1)
     refine_batch: int = knob(32, "prompts a step, half of each class, and as many general texts", 4)
     refine_lr: float = knob(1e-3, "5e-4 does about as well", 1e-9)
@@ -95,7 +96,6 @@ class Settings:
                            0, 1)
     later_steps: int = knob(400, "steps of tuning a finished model on, by somebody else", 1)
     lora: int = knob(8, "rank of the updates of safety tuning, as the paper uses LoRA; 0 tunes all")
-    longest: int = knob(256, "tokens a training sequence; longer answers are cut", 8)
     max_new: int = knob(32, "tokens a response when evaluating", 1)
 
     def check(self):
@@ -117,18 +117,23 @@ class Settings:
         frozen = self.init and self.lora and self.refine_lora
         return torch.bfloat16 if frozen and self.dtype == "bfloat16" else torch.float32
 
-    def fixed(self, also=()):
-        """{name: value} of the settings in which the runs of one --out agree. `also` are more that
-        may differ."""
-        free = ("out", "seeds", "methods", *also)
-        return {name: value for name, value in vars(self).items() if name not in free}
+    def fixed(self, stage=None):
+        """{name: value} of the settings in which all runs of one --out agree; or, of a stage, of
+        those that its model depends on. A base serves any refinement, tuning and evaluation."""
+        names = list(vars(self))
+        if stage == "base":
+            names = names[names.index("init"):names.index("layer")]
+        free = ("out", "seeds", "methods")
+        if stage:
+            free += ("kernel",)
+        return {name: getattr(self, name) for name in names if name not in free}
 
-# The defaults with --init, tried out on SmolLM2-135M (30 blocks). A model that has read a lot needs
-# fewer and smaller steps of refinement, and more refusals in its few steps of tuning. (Not tried
-# there: with_safe and hold.)
-REAL = dict(layer=0, refine_steps=40, refine_batch=24, refine_lr=1e-4, refine_lora=16, gamma=16.0,
-            centre=True, with_safe=False, hold=0.0, keep=0.0, still=1.0,
-            tune_steps=40, tune_batch=16, tune_lr=2e-3, refusals=0.2, lora=16, curve=False)
+# The defaults with --init, chosen on development prompts with SmolLM2-135M (30 blocks; of the blocks
+# 10, 15 and 20 the last, of learning rates 1e-3 to 1e-2 the middle one). A model that has read a lot
+# needs few steps, and more refusals in them.
+REAL = dict(layer=0, refine_steps=60, refine_batch=24, refine_lr=3e-3, refine_lora=16, gamma=16.0,
+            centre=True, keep=1.0, curve=False,
+            tune_steps=40, tune_batch=16, tune_lr=2e-3, refusals=0.2, lora=16)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -188,7 +193,8 @@ def train(name, run, model, parameters, loss, steps, lr, watch=None):
     log = {"seconds": 0.0, "curve": []}
     first = 0
     state_file = run.folder / f"{name}.state"
-    state = read_state(state_file, run.s.fixed())
+    settings = run.s.fixed(name) | {"seed": run.seed}
+    state = read_state(state_file, settings)
     if state:
         model.load_state_dict(state["model"], strict=False)              # what is trained, alone
         optimizer.load_state_dict(state["optimizer"])
@@ -228,7 +234,7 @@ def train(name, run, model, parameters, loss, steps, lr, watch=None):
             log["seconds"] = time.time() - begin
             trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
             state = {"model": trained, "optimizer": optimizer.state_dict(), "log": log,
-                     "step": step + 1, "settings": run.s.fixed()}
+                     "step": step + 1, "settings": settings}
             write_begin = time.time()
             write(state_file, lambda file: torch.save(state, file))
             saved = time.time()
@@ -486,7 +492,7 @@ def finished(run, name, make):
     """(model, log) of a stage: from its checkpoint if there is one, else make() -> (model, log).
     ValueError, naming the folder, if that is damaged or other settings made it."""
     folder = run.folder / name
-    settings = run.s.fixed(("kernel",))                  # all that a model or its curve depends on
+    settings = run.s.fixed(name) | {"seed": run.seed}
     if (folder / "config.json").exists():      # save_pretrained writes it last: the rest is there
         try:
             log = read_json(folder / "log.json")
@@ -628,7 +634,7 @@ def resolve(s):
     usual = "bfloat16" if device == "cuda" and s.init else "float32"
     dtype = usual if s.dtype == "auto" else s.dtype
     blocks = read_config(Path(s.init) / "config.json").blocks if s.init else s.blocks
-    layer = s.layer or blocks // 2
+    layer = s.layer or 2 * blocks // 3
     if not 1 <= layer <= blocks:
         raise ValueError(f"--layer {layer}: the model has blocks 1 to {blocks}")
     print(f"device {device} ({why}), matrix products in {dtype}, {torch.get_num_threads()} threads")
