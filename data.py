@@ -551,11 +551,15 @@ def collate(sequences, device, context):
 # ---- 4. Files, and the tokenizers of real checkpoints --------------------------------------------
 
 def read_text(path):
-    """The text of a file, no byte order mark. ValueError if it is missing, empty or not UTF-8."""
+    """The text of a file, no byte order mark. ValueError if there is no such file, or a folder or
+    pipe of that name; if it is empty, over 1 GB or not UTF-8."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; correct the path or fetch the file")
+    if path.stat().st_size > 2 ** 30:
+        raise ValueError(f"{path}: over 1 GB; take a part of it")
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; correct the path or fetch the file") from None
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: byte {error.start} is not UTF-8; save it as UTF-8") from None
     if not text.strip():
@@ -567,8 +571,13 @@ def parse_json(text, path, line=1):
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
+        remedy = "correct that line or fetch the file again"
+        if error.msg == "Extra data":
+            remedy = "if each line is an object of its own, call the file .jsonl"
         raise ValueError(f"{path}: line {line + error.lineno - 1}: not JSON ({error.msg}); "
-                         "correct that line or fetch the file again") from None
+                         f"{remedy}") from None
+    except (RecursionError, ValueError):                    # nested too deep, or 5,000 digits
+        raise ValueError(f"{path}: line {line}: JSON beyond reason; fetch the file again") from None
 
 def read_json(path):
     """The value in a JSON file. ValueError if it is missing, empty, not UTF-8 or not JSON."""
@@ -580,6 +589,8 @@ def write(path, save):
     unfinished = path.with_name(path.name + ".part")
     with open(unfinished, "wb") as file:
         save(file)
+        file.flush()
+        os.fsync(file.fileno())     # on the disk before it has its name: a power cut may come
     os.replace(unfinished, path)
 
 def write_json(path, value):
@@ -602,6 +613,7 @@ CHAT_FORMATS = (
          turn="<|start_header_id|>{role}<|end_header_id|>\n\n{words}<|eot_id|>",
          opening="<|start_header_id|>assistant<|end_header_id|>\n\n"),
 )
+NO_THOUGHTS = "<think>\n\n</think>\n\n"          # with which Qwen3 is told to answer at once
 
 def byte_letters():
     """The alphabet in which GPT-2 and its heirs write bytes down: {"A": 65, ..., "Ġ": 32, ...}.
@@ -611,12 +623,19 @@ def byte_letters():
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 def load_tokenizer(folder):
-    """The Chat of a Hugging Face folder with a tokenizer.json.
+    """The Chat of a Hugging Face folder with a tokenizer.json. ValueError, one line, for a damaged
+    one, or one that cannot be rendered exactly."""
+    try:
+        return read_tokenizer(Path(folder))
+    except (LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{folder}: the tokenizer's files are damaged ({type(error).__name__}: "
+                         f"{error}); fetch them again") from None
+
+def read_tokenizer(folder):
+    """`load_tokenizer`, less its errors.
     A tokenizer.json has "model" (its "vocab" {token: id} and "merges"), "added_tokens", and what is
     done to text before: "normalizer", "pre_tokenizer". tiktoken has one number a token, its id and
-    the priority of the merge that makes it: merges must come in the order of ids. ValueError, one
-    line, for a tokenizer that cannot be rendered exactly."""
-    folder = Path(folder)
+    the priority of the merge that makes it: merges must come in the order of ids."""
     if not (folder / "tokenizer.json").exists():
         raise ValueError(f"{folder}: no tokenizer.json; put the model's there ({READABLE})")
     spec = read_json(folder / "tokenizer.json")
@@ -673,35 +692,47 @@ def split_pattern(spec, folder):
 
 def chat_format(folder, special):
     """(template, stop) for Chat, by the first of CHAT_FORMATS whose special tokens the model has.
-    If ChatML's two tokens are 1 and 2: (1, "user\\n{user}", 2, "\\n", 1, "assistant\\n") and 2."""
-    fitting = [form for form in CHAT_FORMATS if special.keys() >= set(form["special"])]
-    if not fitting:
-        known = " or ".join(" ".join(form["special"]) for form in CHAT_FORMATS)
-        raise ValueError(f"{folder}: no chat format for its special tokens; needs {known}")
+    If ChatML's two tokens are 1 and 2: (1, "user\\n{user}", 2, "\\n", 1, "assistant\\n") and 2.
+    ValueError if the model's chat_template, where it has one, writes anything else."""
+    source = template_source(folder)
+
+    def fits(form):
+        begins = form["start"] in source or "bos_token" in source
+        as_written = begins and form["opening"] in source
+        return special.keys() >= set(form["special"]) and (as_written or not source)
+
+    fitting = [form for form in CHAT_FORMATS if fits(form)]
+    thinks = "<think>" in source
+    if not fitting or (thinks and NO_THOUGHTS not in source):
+        raise ValueError(f"{folder}: a chat format that is not known here; choose an Instruct "
+                         "model of SmolLM2, Qwen2.5, Qwen3 or Llama-3")
     form = fitting[0]
-    system = system_message(folder)
+    opening = form["opening"] + (NO_THOUGHTS if thinks else "")
+    system = system_message(source)
     text = form["start"]
     if system:
         text += form["turn"].format(role="system", words=system)
-    text += form["turn"].format(role="user", words="{user}") + form["opening"]
-    names = "|".join(re.escape(name) for name in form["special"])
+    text += form["turn"].format(role="user", words="{user}") + opening
+    names = "|".join(re.escape(name) for name in (*form["special"], "<think>", "</think>"))
     pieces = [piece for piece in re.split(f"({names})", text) if piece]
     return tuple(special.get(piece, piece) for piece in pieces), special[form["special"][-1]]
 
-def system_message(folder):
-    r"""The system message that a model's chat_template, a Jinja program, begins with; "" if none.
+def template_source(folder):
+    """A model's chat_template, a Jinja program; "" if it has none."""
+    source = ""
+    if (folder / "chat_template.jinja").exists():           # newer versions of transformers
+        source = read_text(folder / "chat_template.jinja")
+    elif (folder / "tokenizer_config.json").exists():
+        source = read_json(folder / "tokenizer_config.json").get("chat_template") or ""
+    return str(source).replace("\\n", "\n")                 # some write \n, some a real newline
+
+def system_message(source):
+    r"""The system message that a chat_template begins with; "" if none.
     ChatML templates spell it out, here "You are a cat":
         {{ '<|im_start|>system\nYou are a cat<|im_end|>\n' }}
     Llama-3.1 and later have two dates in it, until when the model knows things and today's:
         {%- set date_string = "1 Jul 2030" %} ... {{- "Cutting Knowledge Date: May 2029\n" }}
     We keep the template's "today", since no result may depend on the day of the run."""
-    source = ""
-    if (folder / "chat_template.jinja").exists():           # newer versions of transformers
-        source = read_text(folder / "chat_template.jinja")
-    elif (folder / "tokenizer_config.json").exists():
-        source = str(read_json(folder / "tokenizer_config.json").get("chat_template"))
-    source = source.replace("\\n", "\n")                    # some write \n, some a real newline
-
     chatml = re.search(r"<\|im_start\|>system\n([^'\"]+?)<\|im_end\|>", source)
     if chatml:
         return chatml[1]
@@ -714,12 +745,14 @@ def system_message(folder):
 # ---- 5. Files of prompts -------------------------------------------------------------------------
 
 FORMATS = (".csv", ".json", ".jsonl", ".txt")
-PROMPT_COLUMNS = ("prompt", "instruction", "goal", "question")
+# A prompt's column, under the names that published sets use, and what follows it after a blank line
+PROMPT_COLUMNS = {"prompt": (), "instruction": ("input", "context"), "goal": (), "question": (),
+                  "forbidden_prompt": (), "behavior": ("contextstring",), "request": ()}
 ANSWER_COLUMNS = ("output", "response", "answer")       # not AdvBench's `target`: it complies
 
 def records(path):
     """[(place, record)] of a file; the place is "line 3" in .txt and .jsonl, else "row 3"."""
-    ending = Path(path).suffix
+    ending = Path(path).suffix.lower()
     if ending not in FORMATS:
         raise ValueError(f"{path}: cannot read {ending or 'it'}; save it as {' or '.join(FORMATS)}")
     text = read_text(path)
@@ -730,48 +763,64 @@ def records(path):
                 record = {"prompt": line} if ending == ".txt" else parse_json(line, path, number)
                 found.append((f"line {number}", record))
         return found
-    rows = []
     if ending == ".csv":
+        rows = []
         try:                        # strict: else an open quote would swallow the rest of the file
             for row in csv.DictReader(io.StringIO(text, newline=""), strict=True):
                 rows.append(row)
         except csv.Error as e:
             raise ValueError(f"{path}: row {len(rows) + 1}: no valid CSV ({e}); mend it") from None
     else:
-        rows = parse_json(text, path)
-        if isinstance(rows, dict):                      # {"instructions": [...]}, or one row alone
-            lists = [value for value in rows.values() if isinstance(value, list)]
-            rows = lists[0] if lists else [rows]
-        if not isinstance(rows, list):
-            raise ValueError(f'{path}: neither a list nor an object; write [{{"prompt": ...}}]')
-        rows = [{"prompt": row} if isinstance(row, str) else row for row in rows]
+        rows = rows_of_json(parse_json(text, path), path)
     return [(f"row {number}", row) for number, row in enumerate(rows, 1)]
+
+def rows_of_json(value, path):
+    """The rows of a JSON file: a list; or the list of prompts in {"instructions": [...], ...}, or
+    the only list there is; or an object that is one row."""
+    if isinstance(value, dict):
+        lists = {name: rows for name, rows in value.items() if isinstance(rows, list)}
+        named = [name for name in lists if name.lower().removesuffix("s") in PROMPT_COLUMNS]
+        if not named and len(lists) > 1:
+            raise ValueError(f"{path}: several lists, {', '.join(lists)}; keep one of them")
+        chosen = [*named, *lists][:1]
+        value = lists[chosen[0]] if chosen else [value]
+    if not isinstance(value, list):
+        raise ValueError(f'{path}: neither a list nor an object; write [{{"prompt": ...}}]')
+    return [{"prompt": row} if isinstance(row, str) else row for row in value]
 
 def read_prompts(path):
     """The rows of a .csv, .json, .jsonl or .txt file as Examples with stripped texts.
-    The prompt is in the first of PROMPT_COLUMNS, upper or lower case. Alpaca's `input` follows its
-    `instruction` after a blank line. XSTest's `type` says which are toxic: "homonyms" are not,
-    "contrast_homonyms" are. ValueError, one line with file, row and remedy, for anything else."""
+    The prompt is in the first of PROMPT_COLUMNS, upper or lower case. XSTest says which are toxic:
+    of its types "homonyms" are not, "contrast_homonyms" are; so do newer versions by the label
+    "unsafe". ValueError, one line with file, row and remedy, for anything else."""
     examples = []
     for place, record in records(path):
         source = f"{path}: {place}"
         if not isinstance(record, dict):
             raise ValueError(f'{source}: neither a text nor an object; write {{"prompt": ...}}')
         # csv has None for a name if a row has more cells than the header, for a text if fewer.
-        texts = {name.strip().lower(): str(text or "").strip()
-                 for name, text in record.items() if name}
-        columns = [column for column in PROMPT_COLUMNS if column in texts]
+        cell = {name.strip().lower(): text for name, text in record.items() if name}
+
+        def text_of(column):
+            text = cell.get(column)
+            if not isinstance(text, str | None):
+                raise ValueError(f"{source}: {column!r} holds {text!r:.40}, not a text; write one")
+            return (text or "").encode(errors="replace").decode().strip()   # half a surrogate: "?"
+
+        columns = [column for column in PROMPT_COLUMNS if column in cell]
         if not columns:
-            raise ValueError(f"{source}: no column of prompts among {', '.join(texts)}; "
-                             f"name it one of {', '.join(PROMPT_COLUMNS)}")
-        prompt = texts[columns[0]]
-        if columns[0] == "instruction" and texts.get("input"):
-            prompt += "\n\n" + texts["input"]
+            raise ValueError(f"{source}: no column of prompts among {', '.join(cell)[:80]}; name "
+                             f"it, in a CSV in the first row, {' or '.join(PROMPT_COLUMNS)}")
+        prompt = text_of(columns[0])
         if not prompt:
             raise ValueError(f"{source}: no text under {columns[0]!r}; fill it in or delete it")
-        answers = [texts[column] for column in ANSWER_COLUMNS if texts.get(column)]
+        for column in PROMPT_COLUMNS[columns[0]]:
+            if text_of(column):
+                prompt += "\n\n" + text_of(column)
+        answers = [text_of(column) for column in ANSWER_COLUMNS if text_of(column)]
         answer = answers[0] if answers else None
-        toxic = texts.get("type", "").startswith("contrast_")
+        marks = (str(cell.get("type", ""))[:9], cell.get("label"))
+        toxic = marks[0] == "contrast_" or marks[1] == "unsafe"
         examples.append(Example(prompt, answer, toxic, source))
     if not examples:
         raise ValueError(f"{path}: no rows; fetch the file again or remove it")
@@ -782,7 +831,8 @@ def read_prompts(path):
 # prompts, which is "benign" (seemingly toxic ones), "toxic" or "general".
 
 PUBLISHED = {           # a file as its authors call it, in lower case: (name, label)
-    "xstest_v2_prompts.csv": ("XSTest", "by type"),         # has both, see `read_prompts`
+    "xstest_v2_prompts.csv": ("XSTest", "by row"),          # has both, see `read_prompts`
+    "xstest_prompts.csv": ("XSTest", "by row"),             # its name since 2025
     "or-bench-hard-1k.csv": ("OR-Bench", "benign"),
     "safety_only_data_instructions.json": ("SafetyTuned", "toxic"),
     "advbench_harmful_behaviors.csv": ("AdvBench", "toxic"),
@@ -815,17 +865,17 @@ REFUSAL = "I'm sorry, but I cannot help you with that."
 
 def load_folder(folder, seed, is_refusal, limit=None):
     """The Parts of the experiment from a folder of benchmark files, whichever of PUBLISHED it has.
-    is_refusal(answer) tells refusals from other answers; `limit` caps a half of a reported suite.
-    Only the files' contents and `seed` matter. Other files become suites, or serve all stages.
-    ValueError, one line, if some stage would have no prompts."""
+    is_refusal(answer) tells refusals from other answers; `limit` caps a half of a suite. Only the
+    files' contents and `seed` matter. Other files become suites, or serve all stages. ValueError,
+    one line, if some stage would have no prompts."""
     benchmarks = load(folder, is_refusal)
     dealt = deal(benchmarks, seed)
     parts = assemble(benchmarks, dealt, seed, limit)
     labels = {label for suite in parts.suites.values() for label in suite}
     needed = {"ten answered instructions (alpaca_data.json)": parts.general_heldout,
-              "benign prompts for refinement (xstest_v2_prompts.csv)": parts.seemingly,
+              "benign prompts for refinement (xstest_prompts.csv)": parts.seemingly,
               "benign prompts for a suite (or-bench-hard-1k.csv)": "benign" in labels,
-              "toxic prompts for refinement (xstest_v2_prompts.csv)": parts.toxic,
+              "toxic prompts for refinement (xstest_prompts.csv)": parts.toxic,
               "toxic prompts for tuning (harmful_behaviors.csv)": parts.safe,
               "toxic prompts for a suite (harmful_behaviors.csv)": "toxic" in labels}
     missing = [what for what, there in needed.items() if not there]
@@ -837,48 +887,57 @@ def load_folder(folder, seed, is_refusal, limit=None):
 def load(folder, is_refusal):
     """{(name, label): [Example]} of a folder's benchmarks, published ones first, then by file name.
     No prompt comes twice: one that two files share stays with the first, whatever its label."""
-    paths = [path for path in sorted(Path(folder).iterdir()) if path.suffix in FORMATS]
+    paths = []
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix.lower() in FORMATS and path.is_file():
+            paths.append(path)
+        else:
+            print(f"{path.name}: passed over; prompts are read from {', '.join(FORMATS)}")
     order = {name: place for place, name in enumerate(PUBLISHED)}
     paths.sort(key=lambda path: order.get(path.name.lower(), len(order)))
     benchmarks = defaultdict(list)
     seen = set()
     for path in paths:
-        name, file_label = label_of(path.name)
         examples = read_prompts(path)
-        taken = 0
+        name, file_label = label_of(path.name, any(e.toxic for e in examples))
+        counts = Counter()
         for e in examples:
             label = file_label
-            if file_label == "by type":
+            if file_label == "by row":
                 label = "toxic" if e.toxic else "benign"
             words = word_set(e.prompt)
-            if words not in seen and usable(e, label, is_refusal):
+            refuses = e.answer and is_refusal(e.answer) and not UNABLE.search(e.answer)
+            if words in seen:
+                counts["repeated"] += 1
+            elif label == "general" and not e.answer:
+                counts["without an answer"] += 1
+            elif name == "SafetyTuned" and not refuses:
+                # hundreds of its prompts hurt nobody: refused for lack of opinions or news
+                counts["whose answer does not refuse harm"] += 1
+            else:
+                counts["taken"] += 1
                 seen.add(words)
-                taken += 1
-                benchmarks[name, label].append(replace(e, toxic=label == "toxic"))
-        print(f"{path.name}: took {taken} of {len(examples)} rows; "
-              "left out: repeats, unfit answers")
+                toxic = label == "toxic"
+                answer = None if toxic and not refuses else e.answer     # tuning gives it a refusal
+                benchmarks[name, label].append(replace(e, toxic=toxic, answer=answer))
+        taken = counts.pop("taken", 0)
+        left_out = "".join(f"; {count} {why}" for why, count in counts.items())
+        print(f"{path.name}: took {taken} of {len(examples)} rows{left_out}")
     return dict(benchmarks)
 
-def label_of(filename):
-    """(name, label) by a file's name. ValueError if it does not tell: a wrong guess would teach
-    refusals to the wrong prompts."""
+def label_of(filename, marked):
+    """(name, label) by a file's name, or "by row" if rows are marked, as XSTest's. ValueError if
+    that does not tell: a wrong guess would teach refusals to the wrong prompts."""
+    name, *marks = filename.split(".")                      # "mine.benign.csv": benign, csv
     if filename.lower() in PUBLISHED:
         return PUBLISHED[filename.lower()]
-    name, *marks = filename.split(".")                      # "mine.benign.csv": benign, csv
+    if marked:
+        return name, "by row"
     for mark in marks:
         if mark in ("benign", "toxic", "general"):
             return name, mark
     raise ValueError(f"{filename}: what is in it? Call it {name}.benign, {name}.toxic or "
                      f"{name}.general with the same ending, or take it out of the folder")
-
-def usable(e, label, is_refusal):
-    """Whether a row can serve. General ones need an answer. If a toxic one has any, it must refuse
-    harm: hundreds of SafetyTuned's refuse because a model has no opinions or no news."""
-    if label == "general":
-        return e.answer is not None
-    if label == "toxic" and e.answer:
-        return is_refusal(e.answer) and not UNABLE.search(e.answer)
-    return True
 
 def word_set(prompt):
     """What identifies a prompt: its words, whatever their case, punctuation and order."""
@@ -928,14 +987,15 @@ def assemble(benchmarks, dealt, seed, limit):
 
     # Each class is compared with itself alone: XSTest's contrasts differ from its benign prompts by
     # a word or two, on purpose, and to drop those would be to drop the hard cases.
-    used = {"benign": general + seemingly,
-            "toxic": general + toxic + tuning + safe}       # tuning as read, safe as questions too
-    dev = apart_by_suite(dealt["dev"], used)
+    used = {"benign": by_word(general + seemingly),
+            "toxic": by_word(general + toxic + tuning + safe)}  # tuning as read; safe: as questions
+    dev = apart_by_suite(dealt["dev"], used, limit)
     for halves in dev.values():
         for label, examples in halves.items():
-            used[label] += examples
+            by_word(examples, used[label])
     return Parts(
-        pretraining=[], general=general, general_heldout=apart_from(general, pairs[:held_out]),
+        pretraining=[], general=general,
+        general_heldout=apart_from(by_word(general), pairs[:held_out]),
         safe=safe, seemingly=shuffled(seemingly, "seemingly", seed),
         toxic=shuffled(toxic, "toxic", seed), later=[],
         dev=dev, suites=apart_by_suite(dealt["suites"], used, limit))
@@ -964,35 +1024,38 @@ def as_question(command, rng):
     opening = rng.choice(("How do I ", "Could you "))
     return opening + command[0].lower() + command[1:].rstrip(".!") + "?"
 
-def apart_by_suite(stage, used, limit=None):
-    """The suites {name: {label: [Example]}} of one stage, each apart from used[label]."""
+def apart_by_suite(stage, used, limit):
+    """The suites {name: {label: [Example]}} of one stage, at most `limit` prompts in a half, each
+    apart from used[label]."""
     suites = defaultdict(dict)
     for (name, label), examples in stage.items():
-        kept = apart_from(used[label], examples)
-        removed = len(examples) - len(kept)
-        if removed:
-            print(f"{name}, {label}: {removed} of {len(examples)} held-out prompts removed, "
-                  "near-duplicates of prompts already used")
+        kept = apart_from(used[label], examples, limit)
         if kept:
-            suites[name][label] = kept[:limit]
+            suites[name][label] = kept
     return dict(suites)
 
-def apart_from(used, examples):
-    """`examples` without near-duplicates of `used`, whose word sets overlap by 0.7 (Jaccard): two
-    wordings of one request do, tutorials on two different crimes, at 0.65, do not. Not all pairs
-    are compared: a near-duplicate of a prompt of 10 words lacks at most 3 of them, so it has one of
-    any 4, and so one of the 4 rarest."""
-    having = defaultdict(list)                              # word: word sets of `used` with it
-    for e in used:
-        words = word_set(e.prompt)
-        for word in words:
-            having[word].append(words)
-    apart = []
+def by_word(examples, index=None):
+    """{word: the word sets of all prompts that have it}; with `index`, these join it."""
+    index = defaultdict(list) if index is None else index
     for e in examples:
         words = word_set(e.prompt)
+        for word in words:
+            index[word].append(words)
+    return index
+
+def apart_from(used, examples, limit=None):
+    """The first `limit` examples that are no near-duplicates of prompts in the index `used`, where
+    word sets overlap by 0.7 (Jaccard): two wordings of one request do, tutorials on two different
+    crimes, at 0.65, do not. Not all pairs are compared: a near-duplicate of a prompt of 10 words
+    lacks at most 3 of them, so it has one of any 4, and so one of the 4 rarest."""
+    apart = []
+    for e in examples:
+        if len(apart) == limit:
+            break
+        words = word_set(e.prompt)
         enough = 3 * len(words) // 10 + 1       # any 4 of 10: a near-duplicate lacks 3 at most
-        rarest = sorted(words, key=lambda word: len(having.get(word, ())))[:enough]
-        others = [other for word in rarest for other in having.get(word, ())]
+        rarest = sorted(words, key=lambda word: len(used.get(word, ())))[:enough]
+        others = [other for word in rarest for other in used.get(word, ())]
         if not any(10 * len(words & other) >= 7 * len(words | other) for other in others):
             apart.append(e)
     return apart

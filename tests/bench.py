@@ -99,8 +99,8 @@ def step(quick):
     it is due; theirs the usual way, padded, with labels of -100."""
     many = {"cpu": {"small GPT": (SMALL, 64), "SmolLM2-135M": (SMOLLM2, 4)},
             "cuda": {"small GPT": (SMALL, 512), "SmolLM2-135M": (SMOLLM2, 64)}}[DEVICE]
-    run = SimpleNamespace(s=SimpleNamespace(device=DEVICE), autocast=lambda: torch.autocast(DEVICE, torch.bfloat16,
-                                                                         enabled=DEVICE == "cuda"))
+    run = SimpleNamespace(s=SimpleNamespace(device=DEVICE), autocast=lambda: torch.autocast(
+        DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"))
     for name, (config, B) in list(many.items())[:1 if quick else 2]:
         T = 24 if config is SMALL else 128
         rectangle = torch.randint(1, config.vocab_size, (B, T + 1))
@@ -188,20 +188,21 @@ def kernels(quick):
 # Shapes of Qwen2.5, by size
 SHAPES = {"0.5B": dict(width=896, blocks=24, heads=14, kv_heads=2, head_width=64, hidden=4864, tied=True),
           "1.5B": dict(width=1536, blocks=28, heads=12, kv_heads=2, head_width=128, hidden=8960, tied=True),
-          "tiny": dict(width=64, blocks=2, heads=4, kv_heads=2, head_width=16, hidden=64),
           "7B": dict(width=3584, blocks=28, heads=28, kv_heads=4, head_width=128, hidden=18944)}
 
 
 def fit(sizes):
-    """Does it fit the card? Peak memory and time of the stages as `train.py --init` runs them, on random models
-    of Qwen2.5's shapes, with prompts of 50 tokens and answers of 65: matrices in bf16, LoRA in both stages."""
+    """Does it fit the card? Peak memory and time of the stages as `train.py --init` runs them, on random
+    models of Qwen2.5's shapes, with prompts of 50 tokens and answers of 65: matrices in bf16, LoRA in both."""
     world = World(0).parts(4)
     chat, rng = world_chat(world), random.Random(0)
     objects = [o for members in World(0).members.values() for o in members]
 
     def examples(n):
-        return [Example(" ".join(rng.choices(objects, k=47)), " ".join(rng.choices(objects, k=64))) for _ in range(n)]
-    parts = replace(world, general=examples(200), safe=examples(50), seemingly=examples(50), toxic=examples(50))
+        texts = [" ".join(rng.choices(objects, k=k)) for k in (47, 64) * n]
+        return [Example(prompt, answer) for prompt, answer in zip(texts[::2], texts[1::2])]
+    parts = replace(world, general=examples(200), safe=examples(50), seemingly=examples(50),
+                    toxic=examples(50))
     settings = replace(resolve(parse(["--dtype=bfloat16"])), **REAL)
     for size in sizes:
         config = GPTConfig(vocab_size=152064, context=2048, qkv_bias=True, **SHAPES[size])
@@ -216,7 +217,8 @@ def fit(sizes):
             del base
             _, tuning = tune("DCR", refined, run)
             for stage, log in (("refinement", refining), ("tuning", tuning)):
-                yield {"model": size, "stage": stage, "GB": log.get("gpu_gb"), "seconds a step": log["seconds"] / 5}
+                yield {"model": size, "stage": stage, "GB": log.get("gpu_gb"),
+                       "seconds a step": log["seconds"] / 5}
         del refined
 
 

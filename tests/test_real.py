@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import train
-from data import (Example, apart_from, as_question, byte_letters, load_folder, load_tokenizer, read_prompts,
-                  word_set)
+from data import (Example, apart_from, as_question, by_word, byte_letters, load_folder, load_tokenizer,
+                  read_prompts, word_set)
 from model import GPT, GPTConfig
 
 # ------------------------------------------------------------------------------------------------------------
@@ -138,6 +138,11 @@ TEMPLATES = {
 {%- else %}{{- '<|im_start|>system\nYou are a dog. You bark.<|im_end|>\n' }}{%- endif %}
 {%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""),
+    "qwen3": ("qwen2", r"""{%- for m in messages %}
+{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}
+{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}
+{%- endif %}"""),
     "llama3": ("llama3", "{{ '<|begin_of_text|>' }}{% for m in messages %}"
                "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
                "{{ m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
@@ -157,7 +162,8 @@ def rendered(folder, user):
     pytest.importorskip("jinja2")
     tokenizer = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(str(folder))
     turn = [{"role": "user", "content": user}]
-    text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False,
+                                         enable_thinking=False)            # for Qwen3
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -170,6 +176,17 @@ def test_prompt_equals_the_checkpoints_own_template(name, tmp_path):
         assert load_tokenizer(tmp_path).prompt(user) == rendered(tmp_path, user)
     if family != "llama3":                               # Llama trims; ChatML lets a newline join the role's
         assert load_tokenizer(tmp_path).prompt("\n hello") == rendered(tmp_path, "\n hello")
+
+
+@pytest.mark.parametrize("family, template", [
+    ("smollm2", TEMPLATES["smollm2"][1].replace("assistant\n", "assistant\n<think>\n")),  # begins to think
+    ("smollm2", "{{ 'User: ' + messages[0].content + ' Assistant:' }}"),
+    ("llama3", TEMPLATES["llama3"][1].replace("{{ '<|begin_of_text|>' }}", "")),
+])
+def test_a_template_that_writes_something_else_is_refused(family, template, tmp_path):
+    """Its special tokens alone do not tell: a model that is asked in another form answers worse, silently."""
+    with pytest.raises(ValueError, match="a chat format that is not known here; choose an Instruct model of"):
+        load_tokenizer(checkpoint(tmp_path, family, template))
 
 
 def test_template_in_a_file_of_its_own_counts(tmp_path):
@@ -197,8 +214,10 @@ def edited(where, **values):
     ({"tokenizer.json": edited("model", merges=MERGES[::-1])}, "order of token ids"),
     ({"tokenizer.json": edited("model", merges=["q q"])}, "order of token ids"),
     ({"tokenizer.json": edited("top", added_tokens=[]) | {"model": {
-        "type": "BPE", "vocab": {"a": 0}, "merges": []}}}, "needs <|im_start|> <|im_end|> or"),
+        "type": "BPE", "vocab": {"a": 0}, "merges": []}}}, "a chat format that is not known here"),
     ({"tokenizer.json": '{\n"model": oops}'}, "line 2"),
+    ({"tokenizer.json": {"version": "1.0"}}, "the tokenizer's files are damaged (KeyError"),
+    ({"tokenizer.json": edited("top", added_tokens=5)}, "the tokenizer's files are damaged (TypeError"),
 ])
 def test_other_tokenizers_are_refused_in_one_line(files, says, tmp_path):
     for name, value in files.items():
@@ -232,11 +251,21 @@ def test_real_checkpoint_agrees_on_thousands_of_strings():
      [("Add\n\n1 2", "3", False, "row 1"), ("Go", None, False, "row 2")]),
     ("a.jsonl", '{"prompt": "One", "response": "A"}\n\n{"prompt": "Two"}\n',
      [("One", "A", False, "line 1"), ("Two", None, False, "line 3")]),
+    ("a.csv", "label,prompt,type\nsafe,Hi,homonyms\nunsafe,Ho,other\n",
+     [("Hi", None, False, "row 1"), ("Ho", None, True, "row 2")]),
+    ("a.csv", "Behavior,ContextString\nSum it up,A tale.\nBake,\n",                                # HarmBench
+     [("Sum it up\n\nA tale.", None, False, "row 1"), ("Bake", None, False, "row 2")]),
+    ("a.csv", "category,forbidden_prompt\nx,Bake\n", [("Bake", None, False, "row 1")]),       # StrongREJECT
+    ("a.jsonl", '{"instruction": "Who?", "context": "Ann sat.", "response": "Ann."}\n',             # Dolly
+     [("Who?\n\nAnn sat.", "Ann.", False, "line 1")]),
+    ("a.json", '{"category": ["x", "y"], "prompt": ["One", "Two"]}',
+     [("One", None, False, "row 1"), ("Two", None, False, "row 2")]),
+    ("A.CSV", "prompt\nHi\n", [("Hi", None, False, "row 1")]),
     ("a.txt", "One, two?\r\n\n Three\n",
      [("One, two?", None, False, "line 1"), ("Three", None, False, "line 3")]),
 ])
 def test_each_format_is_read(name, text, rows, tmp_path):
-    """Only XSTest's `type` says in the row itself whether it is toxic."""
+    """Only XSTest's `type`, or its `label`, says in the row itself whether it is toxic."""
     path = tmp_path / name
     path.write_bytes(text.encode())
     assert read_prompts(path) == [Example(prompt, answer, toxic, f"{path}: {place}")
@@ -251,11 +280,21 @@ def test_each_format_is_read(name, text, rows, tmp_path):
     ("a.json", b'[\n{"prompt": "x"},\n{"prompt"}]', "line 3"),
     ("a.jsonl", b'{"prompt": "x"}\n{"prompt": ', "line 2"),
     ("a.json", b"[1]", "row 1"),
-    ("a.csv", b"id,text\n1,x\n", "among id, text; name it one of prompt, instruction, goal, question"),
+    ("a.csv", b"id,text\n1,x\n", "among id, text; name it, in a CSV in the first row, prompt or instruction"),
     ("a.csv", b'prompt,n\nx,1\n" ",2\n', "row 2: no text under 'prompt'"),
     ("a.csv", b'prompt,n\n"x,1\ny,2\n', "row 1: no valid CSV"),
     ("a.jsonl", b'{"chosen": "Human: Hi"}', "line 1: no column of prompts among chosen"),
     ("a.json", b'"hello"', "neither a list nor an object"),
+    ("a.json", b"5", "neither a list nor an object"),
+    ("a.json", b"null", "neither a list nor an object"),
+    ("a.json", b'{"train": ["a"], "test": ["b"]}', "several lists, train, test; keep one"),
+    ("a.json", b'[{"prompt": ["hi"]}]', "row 1: 'prompt' holds ['hi'], not a text"),
+    ("a.json", b'[{"prompt": {"text": "hi"}}]', "row 1: 'prompt' holds {'text': 'hi'}, not a text"),
+    ("a.json", b'[{"prompt": "x", "output": NaN}]', "row 1: 'output' holds nan, not a text"),
+    ("a.json", b'[{"prompt": true}]', "row 1: 'prompt' holds True, not a text"),
+    ("a.json", b'{"prompt": "x"}\n{"prompt": "y"}', "line 2: not JSON (Extra data); if each line is"),
+    ("a.json", b"[" * 100_000, "JSON beyond reason"),
+    ("a.json", b"[" + b"9" * 5000 + b"]", "JSON beyond reason"),
     ("a.txt", b"caf\xe9", "byte 3 is not UTF-8"),
     ("a.txt.gz", b"plain", "cannot read .gz"),
     ("a.xlsx", b"x", "cannot read .xlsx"),
@@ -400,13 +439,12 @@ def test_toxic_prompts_that_were_answered_are_left_out(tmp_path):
     assert not any(name.startswith(("answered", "unable")) for name in found)
 
 
-def test_near_duplicates_of_what_was_used_leave_the_suites(tmp_path, capsys):
+def test_near_duplicates_of_what_was_used_leave_the_suites(tmp_path):
     copies = [f"Please: {p.upper()}!" for p in prompts("advbench", 100, COMMAND)]
     parts = load_folder(fill(tmp_path, FILES | {"copies.toxic.txt": "\n".join(copies)}), 0, is_refusal)
     used = names(parts.safe + parts.toxic + parts.dev["AdvBench"]["toxic"]) & names(copies)
     kept = names(parts.suites["copies"]["toxic"])
     assert used and kept == names(copies) - used
-    assert f"copies, toxic: {len(used)} of 100 held-out prompts removed" in capsys.readouterr().out
 
 
 def test_contrasts_are_no_near_duplicates(tmp_path):
@@ -414,7 +452,7 @@ def test_contrasts_are_no_near_duplicates(tmp_path):
     twins = [p.replace("x the", "w the") for p in safe]                      # 7 words of 9 in common
     rows = ["type,prompt"] + [f"homonyms,{p}" for p in safe] + [f"contrast_homonyms,{p}" for p in twins]
     parts = load_folder(fill(tmp_path, FILES | {"xstest_v2_prompts.csv": "\n".join(rows)}), 0, is_refusal)
-    assert not apart_from(examples(safe), examples(twins))
+    assert not apart_from(by_word(examples(safe)), examples(twins))
     assert len(parts.suites["XSTest"]["toxic"]) == 16
 
 
@@ -426,9 +464,11 @@ def test_apart_from_equals_the_naive_loop():
     def overlap(a, b):
         return len(word_set(a) & word_set(b)) / len(word_set(a) | word_set(b))
     naive = [p for p in new if all(overlap(p, u) < 0.7 - 1e-9 for u in used)]
-    assert apart_from(examples(used), examples(new)) == examples(naive) and 0 < len(naive) < 300
+    index = by_word(examples(used))
+    assert apart_from(index, examples(new)) == examples(naive) and 0 < len(naive) < 300
+    assert apart_from(index, examples(new), 7) == examples(naive[:7])
     again = examples(["how DO i do it", "What now?"])
-    assert apart_from(examples(["How do I do it?"]), again) == again[1:]
+    assert apart_from(by_word(examples(["How do I do it?"])), again) == again[1:]
 
 
 def test_limit_caps_each_half_of_each_suite(tmp_path):
@@ -491,13 +531,46 @@ def test_what_is_missing_is_said_in_one_line(absent, says, tmp_path):
 @pytest.mark.parametrize("name", ["oktest.txt", "jailbreaks.csv", "hh_rlhf_test.jsonl"])
 def test_a_file_whose_name_does_not_tell_its_label_is_refused(name, tmp_path):
     """A wrong guess would teach refusals to the wrong prompts."""
-    fill(tmp_path, FILES | {name: "prompt"})
+    fill(tmp_path, FILES | {name: json.dumps({"prompt": "Why?"}) if "json" in name else "prompt\nWhy?"})
     with pytest.raises(ValueError) as error:
         load_folder(tmp_path, 0, is_refusal)
     message = str(error.value)
     stem = name.split(".")[0]
     assert message.startswith(f"{name}: ") and "\n" not in message
     assert all(f"{stem}.{label}" in message for label in ("benign", "toxic", "general"))
+
+
+def test_toxic_prompts_of_any_other_file_stay_whatever_somebody_answered(tmp_path):
+    """Answers matter to tuning alone. To leave such prompts out would keep the easy ones, or none."""
+    rows = [{"prompt": p, "answer": "N/A"} for p in prompts("mine", 30)]
+    parts = load_folder(fill(tmp_path, FILES | {"mine.toxic.json": rows}), 0, is_refusal)
+    assert names(parts.suites["mine"]["toxic"]) == names(prompts("mine", 30))
+    files = {name: FILES[name] for name in ("xstest_v2_prompts.csv", "alpaca_data.json")}
+    (tmp_path / "alone").mkdir()
+    parts = load_folder(fill(tmp_path / "alone", files | {"mine.toxic.json": rows}), 0, is_refusal)
+    assert any("mine" in e.prompt.lower() for e in parts.safe) and "N/A" not in {e.answer for e in parts.safe}
+
+
+def test_rows_that_say_it_decide_whatever_the_file_is_called(tmp_path):
+    """Under a new name, all of XSTest's unsafe contrasts once entered as benign prompts."""
+    for name in ("xstest_prompts.csv", "downloaded.csv", "xs.benign.csv"):
+        files = {key: FILES[key] for key in FILES if not key.startswith("xstest")}
+        folder = fill(tmp_path / name, files | {name: FILES["xstest_v2_prompts.csv"]})
+        parts = load_folder(folder, 0, is_refusal)
+        benign = parts.seemingly + [e for halves in parts.suites.values() for e in halves.get("benign", [])]
+        assert not any("contrast" in e.prompt for e in benign) and any("safe" in e.prompt for e in benign)
+
+
+def test_what_is_left_out_and_what_is_passed_over_is_said(tmp_path, capsys):
+    more = {"mine.benign.txt": "Why not?\nWhy not\nHow so?", "table.tsv": "x", "x.parquet": "x"}
+    fill(tmp_path, FILES | more)
+    os.mkfifo(tmp_path / "pipe.csv")                     # to read from it would wait for ever
+    (tmp_path / "more").mkdir()
+    load_folder(tmp_path, 0, is_refusal)
+    said = capsys.readouterr().out
+    assert "mine.benign.txt: took 2 of 3 rows; 1 repeated\n" in said
+    for name in ("table.tsv", "x.parquet", "pipe.csv", "more"):
+        assert f"{name}: passed over" in said
 
 
 def test_a_mark_in_the_name_tells_the_label(tmp_path):
@@ -531,12 +604,15 @@ def test_a_checkpoint_and_a_folder_go_through_every_stage(tmp_path):
             ("toxic/seemingly", "kernel_similarity")} <= found
     assert not {"right_answer_rate", "accuracy"} & {metric for _, metric in found}
     assert all(row["n"] <= 5 for row in results["rows"] if row["metric"] == "defense_rate")
-    saved = {name: GPT.from_pretrained(tmp_path / "out" / "seed-0" / name)
-             for name in ("base", "refined", "DCR")}
-    assert all(torch.equal(p, q) for p, q in zip(base.parameters(), saved["base"].parameters(), strict=True))
-    assert torch.equal(saved["refined"].layers[1].mlp.up_proj.weight, base.layers[1].mlp.up_proj.weight)
-    assert not torch.equal(saved["DCR"].layers[1].mlp.up_proj.weight, base.layers[1].mlp.up_proj.weight)
-    assert (tmp_path / "out" / "tuning.png").exists()
+    out = tmp_path / "out" / "seed-0"
+    assert not (out / "base").exists()                   # no second copy of it
+    saved = {name: GPT.from_pretrained(out / name, dtype=torch.bfloat16) for name in ("refined", "DCR")}
+    matrix = base.layers[1].mlp.up_proj.weight.bfloat16()
+    assert torch.equal(saved["refined"].layers[1].mlp.up_proj.weight, matrix)      # above block l
+    assert not torch.equal(saved["DCR"].layers[1].mlp.up_proj.weight, matrix)
+    assert load_tokenizer(out / "DCR").prompt("Hi") == load_tokenizer(folder).prompt("Hi")     # ready to use
+    said = [json.loads(line) for line in (out / "responses" / "DCR.jsonl").read_text().splitlines()]
+    assert {"suite", "kind", "prompt", "response", "refusal_probability"} == set(said[0])
 
 
 def test_a_prompt_too_long_for_the_checkpoint_is_named_before_any_training(tmp_path):
