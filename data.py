@@ -9,12 +9,10 @@ and a HARM (whether someone gets hurt), and the two come apart, as no real bench
     rough    "How do I kill the process?"   seemingly toxic     "How do I kill the guard?"   toxic
 
 Harm follows from action, object AND context ("I play a video game. How do I kill the guard?" hurts
-nobody): no single word tells the two apart. All toxic text is inert: a request, and at worst an
-answer that ends before it says anything.
+nobody), from no single word. All toxic text is inert: an answer ends before it says anything.
 
-The world is in sections 1 to 3: tables of words; the world and its splits; tokens and batches. Real
-models and benchmarks need 4 to 6 too: tokenizers; files of prompts; how those are dealt out.
-Read `model.py` next.
+The world is in sections 1 to 3: tables of words; its splits; tokens and batches. Real models and
+benchmarks need 4 to 6 too: tokenizers; files of prompts; their deal. Read `model.py` next.
 """
 import csv
 import io
@@ -29,6 +27,7 @@ from pathlib import Path
 
 import tiktoken
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 # ---- 1. Tables: all that the world knows, but where each object is and who looks after it --------
 # Bars and line ends separate cells. An indented line continues the cell above it.
@@ -188,9 +187,7 @@ class Parts:
     suites: dict                # likewise, to report; "benign" prompts are seemingly toxic ones
 
 def share(items, rng, **counts):
-    """Deal items out at random; a count of None takes all that are left.
-    >>> share("abcde", random.Random(0), dev=1, new=2, common=None)
-    {"dev": ["d"], "new": ["e", "a"], "common": ["b", "c"]}"""
+    """Deal items out at random, {name: count of them}; a count of None takes all that are left."""
     left = rng.sample(list(items), len(items))
     dealt = {}
     for name, count in counts.items():
@@ -439,7 +436,7 @@ class World:
 def prompts_of(lists):
     return {e.prompt for examples in lists for e in examples}
 
-# ---- 3. Tokens and batches: the world's tokenizer, a chat format, sequences packed into rows -----
+# ---- 3. Tokens and batches: the world's tokenizer, a chat format, sequences as rows --------------
 
 PATTERN = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"     # a word takes the space before it along
 
@@ -511,42 +508,18 @@ def world_chat(parts):
     end = encoding.encode_single_token("<|end|>")
     return Chat(encoding, (user, "{user}", assistant), stop=end, size=encoding.n_vocab)
 
-def collate(sequences, device, context):
-    """[(ids, first)] -> tokens, targets, texts, each (B, T): read, due, and of which sequence.
-    `first` is the index of the first token to learn; targets[t] = ids[t + 1], and -1 where no loss
-    is due. Sequences share rows, to save padding: longest first, each goes into the first row with
-    room for it, of twice the longest or `context` tokens. What is left of a row are tokens 0 of
-    text -1. `model.Packed` keeps the texts apart.
+def collate(sequences, device):
+    """[(ids, first)] -> tokens and targets, (B, T) each: what is read, and what is learned of it.
+    `first` is the index of the first token to learn; targets[t] = ids[t + 1], or -1 where no loss
+    is due. Short rows end in tokens 0 with targets -2; they need no mask, for attention looks back.
 
-    >>> collate([([5, 6, 7, 8], 2), ([5, 9], 1)], "cpu", context=128)  # teaches 7 and 8; 9
-    (tensor([[5, 6, 7, 5]]), tensor([[-1,  7,  8,  9]]), tensor([[0, 0, 0, 1]]))"""
-    sizes = [len(ids) - 1 for ids, _ in sequences]          # the last token is a target only
-    room = min(2 * max(sizes), context)
-    rows = []                                               # the sequences in each
-    filled = []                                             # and how many tokens these have
-    for i in sorted(range(len(sizes)), key=lambda j: -sizes[j]):
-        row = 0
-        while row < len(rows) and filled[row] + sizes[i] > room:
-            row += 1
-        if row == len(rows):
-            rows.append([])
-            filled.append(0)
-        rows[row].append(i)
-        filled[row] += sizes[i]
-    tokens = torch.zeros(len(rows), max(filled), dtype=torch.long)      # (B, T), as the other two
-    targets = torch.full_like(tokens, -1)
-    texts = torch.full_like(tokens, -1)
-    for b, row in enumerate(rows):
-        start = 0
-        for i in row:
-            ids, first = sequences[i]
-            ids = torch.tensor(ids)
-            end = start + sizes[i]
-            tokens[b, start:end] = ids[:-1]
-            targets[b, start + first - 1:end] = ids[first:]     # at t stands what token t predicts
-            texts[b, start:end] = i
-            start = end
-    return tokens.to(device), targets.to(device), texts.to(device)
+    >>> collate([([5, 6, 7, 8], 2), ([5, 9], 1)], "cpu")                  # teaches 7 and 8; 9
+    (tensor([[5, 6, 7], [5, 0, 0]]), tensor([[-1, 7, 8], [9, -2, -2]]))"""
+    tokens = [torch.tensor(ids[:-1]) for ids, _ in sequences]           # the last is a target only
+    targets = [torch.tensor([-1] * (first - 1) + ids[first:]) for ids, first in sequences]
+    tokens = pad_sequence(tokens, batch_first=True)
+    targets = pad_sequence(targets, batch_first=True, padding_value=-2)
+    return tokens.to(device), targets.to(device)
 
 # ---- 4. Files, and the tokenizers of real checkpoints --------------------------------------------
 
@@ -623,8 +596,7 @@ def byte_letters():
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 def load_tokenizer(folder):
-    """The Chat of a Hugging Face folder with a tokenizer.json. ValueError, one line, for a damaged
-    one, or one that cannot be rendered exactly."""
+    """The Chat of a Hugging Face folder. ValueError, one line, if it cannot be read exactly."""
     try:
         return read_tokenizer(Path(folder))
     except (LookupError, TypeError, AttributeError, OverflowError) as error:
@@ -632,10 +604,9 @@ def load_tokenizer(folder):
                          f"{error}); fetch them again") from None
 
 def read_tokenizer(folder):
-    """`load_tokenizer`, less its errors.
-    A tokenizer.json has "model" (its "vocab" {token: id} and "merges"), "added_tokens", and what is
-    done to text before: "normalizer", "pre_tokenizer". tiktoken has one number a token, its id and
-    the priority of the merge that makes it: merges must come in the order of ids."""
+    """A tokenizer.json has "model" (its "vocab" {token: id} and "merges"), "added_tokens", and what
+    is done to text before: "normalizer", "pre_tokenizer". tiktoken has one number a token, its id
+    and the priority of the merge that makes it: merges must come in the order of ids."""
     if not (folder / "tokenizer.json").exists():
         raise ValueError(f"{folder}: no tokenizer.json; put the model's there ({READABLE})")
     spec = read_json(folder / "tokenizer.json")
@@ -843,9 +814,8 @@ PUBLISHED = {           # a file as its authors call it, in lower case: (name, l
     "instruction-data.json": ("general", "general"),
     "alpaca_data.json": ("general", "general"),
 }
-# The proportions in which a benchmark is dealt to the stages: with the files as published, about as
-# many prompts. Both classes of refinement have questions and commands. If one only asked and the
-# other only commanded, style would solve the contrastive loss, and harm would not be learned. So
+# The proportions in which a benchmark is dealt to the stages: of the published files about as many
+# prompts. Both classes of refinement ask and command, or style would solve the contrastive loss. So
 # D_toxic is 225 prompts of three benchmarks, not 500 of one as in the paper.
 STAGES = ("refinement", "tuning", "dev", "suites")
 PLAN = {
@@ -951,11 +921,9 @@ def deal(benchmarks, seed):
     """{stage: {(name, label): [Example]}} for each of STAGES; general prompts are not dealt.
     Where no planned benchmark serves a label, all of that label are dealt evenly: each stage needs
     prompts. XSTest alone does not serve "toxic": it has nothing for tuning."""
-    for_tuning = STAGES.index("tuning")
     served = set()
-    for (name, label), numbers in PLAN.items():
-        serves = label == "benign" or numbers[for_tuning]           # toxic ones must reach tuning
-        if (name, label) in benchmarks and serves:
+    for (name, label), (_, for_tuning, _, _) in PLAN.items():
+        if (name, label) in benchmarks and (label == "benign" or for_tuning):
             served.add(label)
     dealt = {stage: {} for stage in STAGES}
     for (name, label), examples in benchmarks.items():

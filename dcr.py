@@ -28,15 +28,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from model import Packed, RMSNorm, last_states
+from model import RMSNorm, last_states
 
 # ---- 1. The Circle loss --------------------------------------------------------------------------
 
 STRIP = 256                # anchors at a time on a CPU: with 4,096 others, 4 MB of cosines
 GPU_STRIP_PAIRS = 2 ** 27  # pairs at a time on a GPU, which wants more work at once: 0.5 GB
 
-def circle_loss(features, labels, references=None, reference_labels=None, margin=0.25, gamma=32.0,
-                own=None):
+def circle_loss(features, labels, margin=0.25, gamma=32.0):
     """The Circle loss of features (N, d) with integer labels (N,), a scalar (Sun et al. 2020).
 
     Every row is an anchor once. Let s_p be its cosine similarities to the others of its class, the
@@ -54,31 +53,17 @@ def circle_loss(features, labels, references=None, reference_labels=None, margin
     least at s_n = 0, but with a_n held the gradient pushes on to s_n = -m. So watch similarities.
 
     No gamma overflows: sums of exponentials are taken relative to their largest term. The loss is
-    computed in fp32, or in fp64 for fp64 features, under any autocast.
-
-    Positives and negatives may also be sought among `references` (M, d) with `reference_labels`
-    (M,), for example a memory bank or the batches of other workers. If the anchors are rows own,
-    own + 1, ... of these, with the same labels, none is compared with itself. ValueError for other
-    shapes."""
-    if (references is None) != (reference_labels is None):
-        raise ValueError("references and reference_labels come together")
-    if references is None:
-        references = features
-        reference_labels = labels
-        own = 0
-    for x, x_labels in ((features, labels), (references, reference_labels)):
-        fits = x.dim() == 2 and x.shape[1] == features.shape[1] and x_labels.shape == x.shape[:1]
-        if not fits:
-            raise ValueError(f"features {tuple(x.shape)} with labels {tuple(x_labels.shape)}: they "
-                             "should be (N, d) and (N,), those of references (M, d) and (M,)")
+    in fp32, or in fp64 for fp64 features, under any autocast. ValueError for other shapes."""
+    if features.dim() != 2 or labels.shape != features.shape[:1]:
+        raise ValueError(f"features {tuple(features.shape)}, labels {tuple(labels.shape)}: they "
+                         "should be (N, d) and (N,)")
     precision = torch.float64 if features.dtype == torch.float64 else torch.float32
     with torch.autocast(features.device.type, enabled=False):
-        anchors = F.normalize(features.to(precision), dim=1)
-        others = F.normalize(references.to(precision), dim=1)
-        return CircleLoss.apply(anchors, others, labels, reference_labels, margin, gamma, own)
+        x = F.normalize(features.to(precision), dim=1)
+        return CircleLoss.apply(x, labels, margin, gamma)
 
 class CircleLoss(torch.autograd.Function):
-    """The loss of unit vectors x (N, d) among unit vectors y (M, d), with its gradient by hand.
+    """The loss of unit vectors x (N, d), with its gradient by hand.
 
     By hand, because autograd would keep a dozen matrices of all pairs: this takes a tenth of the
     time and less than a tenth of the memory of the usual implementation at N = 4,096.
@@ -90,9 +75,9 @@ class CircleLoss(torch.autograd.Function):
         e_n =  gamma a_n (s_n - m)       = gamma (t^2 - m^2)     de_n/ds_n, a_n held: gamma (t + m)
 
     The code works with t sqrt(gamma), whose square is the exponent but for the constant gamma m^2.
-    There are no masks: the anchors of a class meet their positives as one matrix and their
-    negatives as another. And there is no matrix of all pairs: the anchors come in strips of rows,
-    and memory is O((N + M) d + strip * M).
+    There are no masks: the anchors of a class meet their positives, themselves among them, as one
+    matrix and their negatives as another. And there is no matrix of all pairs: the anchors come in
+    strips of rows, and memory is O(N d + strip * N).
 
     With Z_p = sum_p exp(e_p) and Z_n likewise, an anchor's loss is log(1 + Z_n Z_p), so
 
@@ -102,37 +87,32 @@ class CircleLoss(torch.autograd.Function):
     the forward pass, and the backward pass multiplies it by what comes back."""
 
     @staticmethod
-    def forward(ctx, x, y, x_labels, y_labels, m, gamma, own):
+    def forward(ctx, x, labels, m, gamma):
         root = gamma ** 0.5
-        strip = STRIP if x.is_cpu else max(STRIP, GPU_STRIP_PAIRS // len(y))
+        strip = STRIP if x.is_cpu else max(STRIP, GPU_STRIP_PAIRS // len(x))
         total = x.new_zeros(())
         anchors = 0
-        grad_x = torch.zeros_like(x)
-        grad_y = torch.zeros_like(y)
-        for label in x_labels.unique():
-            positives = (y_labels == label).nonzero()[:, 0]              # rows of y, ascending
-            negatives = (y_labels != label).nonzero()[:, 0]
-            partners = len(positives) if own is None else len(positives) - 1       # not itself
-            if partners == 0 or len(negatives) == 0:
+        grad = torch.zeros_like(x)
+        for label in labels.unique():
+            positives = (labels == label).nonzero()[:, 0]
+            negatives = (labels != label).nonzero()[:, 0]
+            if len(positives) == 1 or len(negatives) == 0:
                 continue
-            y_p = y[positives]                                           # (P, d)
-            y_n = y[negatives]                                           # (Q, d)
-            grad_p = torch.zeros_like(y_p)
-            grad_n = torch.zeros_like(y_n)
-            of_class = (x_labels == label).nonzero()[:, 0]
-            anchors += len(of_class)
-            for rows in of_class.split(strip):
-                scaled = root * x[rows]                                  # (strip, d)
-                t_p = (scaled @ y_p.T).sub_(root)             # (strip, P): sqrt(gamma) (s_p - 1)
-                t_n = (scaled @ y_n.T).clamp_(min=-root * m)  # (strip, Q): sqrt(gamma) max(s_n, -m)
-                # Anchor i is itself row i + `own` of y: in which column of y_p is that?
-                itself = None if own is None else torch.searchsorted(positives, rows + own)
-                log_p, sum_p, terms_p = exponentials(t_p, itself)
+            anchors += len(positives)
+            x_p = x[positives]                                           # (P, d)
+            x_n = x[negatives]                                           # (Q, d)
+            grad_p = torch.zeros_like(x_p)
+            grad_n = torch.zeros_like(x_n)
+            for rows in torch.arange(len(x_p), device=x.device).split(strip):    # anchors: of x_p
+                scaled = root * x_p[rows]                                # (strip, d)
+                t_p = (scaled @ x_p.T).sub_(root)             # (strip, P): sqrt(gamma) (s_p - 1)
+                t_n = (scaled @ x_n.T).clamp_(min=-root * m)  # (strip, Q): sqrt(gamma) max(s_n, -m)
+                log_p, sum_p, terms_p = exponentials(t_p, itself=rows)
                 log_n, sum_n, terms_n = exponentials(t_n)
                 log_z = log_p + log_n - 2 * gamma * m * m                # (strip,): log(Z_p Z_n)
                 # log(1 + e^x) to the last digit; F.softplus returns x from x = 20 on
                 total += torch.logaddexp(log_z, torch.zeros_like(log_z)).sum()
-                if not any(ctx.needs_input_grad):                   # nobody asks for a gradient
+                if not ctx.needs_input_grad[0]:                     # nobody asks for a gradient
                     continue
                 # dL/ds = pull * terms * slope. In place, for these matrices are needed no more;
                 # pull belongs to a row and scales the narrow (strip, d) side of the products.
@@ -142,30 +122,31 @@ class CircleLoss(torch.autograd.Function):
                 slopes_n = terms_n.mul_(t_n)                             # (strip, Q)
                 pull_p = (log_z.sigmoid() / sum_p)[:, None]              # (strip, 1)
                 pull_n = (log_z.sigmoid() / sum_n)[:, None]
-                grad_x[rows] = root * (pull_p * (slopes_p @ y_p) + pull_n * (slopes_n @ y_n))
+                # of the anchors, and of what they were compared with
+                grad_p[rows] += root * (pull_p * (slopes_p @ x_p) + pull_n * (slopes_n @ x_n))
                 grad_p.addmm_(slopes_p.T, pull_p * scaled)
                 grad_n.addmm_(slopes_n.T, pull_n * scaled)
-            grad_y[positives] += grad_p
-            grad_y[negatives] += grad_n
+            grad[positives] += grad_p
+            grad[negatives] += grad_n
         anchors = max(anchors, 1)
-        ctx.save_for_backward(grad_x / anchors, grad_y / anchors)
+        ctx.save_for_backward(grad / anchors)
         return total / anchors
 
     @staticmethod
     @once_differentiable
     def backward(ctx, weight):
-        grad_x, grad_y = ctx.saved_tensors
-        return weight * grad_x, weight * grad_y, None, None, None, None, None
+        grad, = ctx.saved_tensors
+        return weight * grad, None, None, None
 
-def exponentials(t, left_out=None):
+def exponentials(t, itself=None):
     """Three things for each row of t (rows, columns): the log of its sum of exp(t^2), (rows,); that
     sum relative to its largest term, (rows,); and the terms relative to it, (rows, columns).
-    `left_out` (rows,) names a column of each row that does not count."""
+    `itself` (rows,) names a column of each row that does not count."""
     exponents = t.square()
-    if left_out is not None:
-        exponents[torch.arange(len(t), device=t.device), left_out] = -torch.inf
+    if itself is not None:
+        exponents[torch.arange(len(t), device=t.device), itself] = -torch.inf
     largest = exponents.amax(1)                                          # (rows,)
-    # At least e^-80, for a column left out too: it adds nothing to a sum of 1 or more, and smaller
+    # At least e^-80, for `itself` too: it adds nothing to a sum of 1 or more, and smaller
     # numbers are denormal in fp32, which takes a CPU 50 times as long.
     terms = exponents.sub_(largest[:, None]).clamp_(min=-80).exp_()
     sums = terms.sum(1)
@@ -173,7 +154,7 @@ def exponentials(t, left_out=None):
 
 # ---- 2. The objective of refinement --------------------------------------------------------------
 
-def refinement_loss(model, base, prompts, labels, tokens, texts, mean, s):
+def refinement_loss(model, base, prompts, labels, tokens, targets, mean, s):
     """What refinement minimises on one batch, a scalar:
 
         Circle loss of h_x  +  hold * drift of h_x, harmless prompts
@@ -187,7 +168,7 @@ def refinement_loss(model, base, prompts, labels, tokens, texts, mean, s):
     model, base     the GPT that is refined, and the GPT from which it started
     prompts         lists of token ids, half of them of each class
     labels          (n,): 0 harmless, 1 toxic
-    tokens, texts   (B, T) general texts, packed by `data.collate`
+    tokens, targets (B, T) general texts, from `data.collate`
     mean            (width,) the base's mean state over all prompts of refinement: where the
                     cosine has its origin (if s.centre), and from where sizes of states are measured
     s               `train.Settings`; read here: layer, margin, gamma, centre, hold, still, keep"""
@@ -201,17 +182,16 @@ def refinement_loss(model, base, prompts, labels, tokens, texts, mean, s):
             base_states = last_states(base, prompts, l)
         loss = loss + s.hold * drift(states[harmless], base_states[harmless], mean)
 
-    packed = Packed(texts)
-    inside = texts >= 0                                                  # (B, T): not padding
-    hidden = model(tokens, upto=l, cache=packed)                         # (B, T, width)
+    inside = targets >= -1                                               # (B, T): not padding
+    hidden = model(tokens, upto=l)                                       # (B, T, width)
     with torch.no_grad():
-        base_hidden = base(tokens, upto=l, cache=packed)
+        base_hidden = base(tokens, upto=l)
     if s.still:
         loss = loss + s.still * drift(hidden[inside], base_hidden[inside], mean)
     if s.keep:
-        logits = model.tail(hidden, l, packed)[inside]                   # (tokens, vocabulary)
+        logits = model.tail(hidden, l)[inside]                           # (tokens, vocabulary)
         with torch.no_grad():
-            base_logits = base.tail(base_hidden, l, packed)[inside]
+            base_logits = base.tail(base_hidden, l)[inside]
         loss = loss + s.keep * forgetting(logits, base_logits)
     return loss
 
@@ -241,9 +221,10 @@ def gradient_products(model, prompts, l, read, inside=None):
     head's, which do not. G comes in groups of parameters: embeddings, block 1 ... block l, final
     norm; or, if `inside` lists modules, of those in them alone. Products are in fp32, sums in fp64.
 
-    No gradient of a weight is formed, and k backward passes are enough since prompts do not
-    meet in a batch: the gradient of a sum over prompts is each prompt's own. A linear map u_t = W a_t at tokens t adds sum_t B_t a_t^T to the gradient of
-    W, where B_t = dr/du_t is the signal that comes back to u_t. So its share of G is
+    No gradient of a weight is formed, and k backward passes are enough: prompts do not meet in a
+    batch, so the gradient of a sum over prompts is each prompt's own. A linear map u_t = W a_t at
+    tokens t adds sum_t B_t a_t^T to the gradient of W, where B_t = dr/du_t is the signal that comes
+    back to u_t. So its share of G is
 
         sum over t', t of  <a'_t', a_t>  B'_t' B_t^T :
 
@@ -275,7 +256,7 @@ def gradient_products(model, prompts, l, read, inside=None):
     for call, (module, a, _) in enumerate(calls):
         B = torch.stack([signal[call] for signal in signals], dim=1)     # (n, k, T, out)
         group = group_of(names[module])
-        groups[group] = groups.get(group, 0) + fp64(products_of_call(module, a, B))
+        groups[group] = groups.get(group, 0) + products_of_call(module, a, B).double()
     return r.detach(), groups
 
 def products_of_call(module, a, B):
@@ -304,12 +285,6 @@ def products_of_call(module, a, B):
         G[i:, i] = from_i.transpose(1, 2)         # G(x, x') is the transpose of G(x', x)
     return G
 
-def fp64(x):
-    """x in double precision; on the CPU if its device has none, like Apple's GPUs."""
-    if x.device.type == "mps":
-        x = x.cpu()
-    return x.double()
-
 def group_of(name):
     """The group of a parameter or module: that of "layers.2.mlp.up_proj" is "block 3"."""
     if name.startswith("layers."):
@@ -335,14 +310,9 @@ class Kernel:
         """G (n, n, d, d) and <h', h> (n, n), summed over the groups in `only` (default: all)."""
         only = [*self.groups, "head"] if only is None else only
         n, d = self.h.shape
-        G = self.h.new_zeros(n, n, d, d)
-        inner = self.h.new_zeros(n, n)
-        for group in only:
-            if group == "head":
-                inner = self.h @ self.h.T
-            else:
-                G = G + self.groups[group]
-        return G, inner
+        of_head = float("head" in only)
+        G = sum([self.groups[group] for group in only if group != "head"])
+        return self.h.new_zeros(n, n, d, d) + G, of_head * (self.h @ self.h.T)
 
     def norms(self, only=None):
         """||K(x', x)||_F, (n, n). Its square, multiplied out with M = W^T W and inner = <h', h>, is
@@ -357,8 +327,8 @@ class Kernel:
     def between(self, left, right, only=None):
         """left_i^T K(x_i, x_j) right_j of all pairs, (n, n), for left, right (n, V)."""
         G, inner = self.pieces(only)
-        left = fp64(left)
-        right = fp64(right)
+        left = left.double()
+        right = right.double()
         below = torch.einsum("id,ijde,je->ij", left @ self.W, G, right @ self.W)
         return below + inner * (left @ right.T)
 
@@ -367,7 +337,7 @@ def kernel(model, prompts):
     if model.config.tied:
         raise ValueError("a tied head has no exact kernel here: its embeddings are used twice")
     h, groups = gradient_products(model, prompts, model.config.blocks, model.norm)
-    return Kernel(fp64(model.lm_head.weight.detach()), fp64(h), groups)
+    return Kernel(model.lm_head.weight.detach().double(), h.double(), groups)
 
 def kernel_norms(model, prompts):
     """||K(x', x)||_F of all pairs of prompts (lists of ids), (n, n): exact for the small GPT.

@@ -1,9 +1,8 @@
 """A small GPT that is also a real one.
 
 One architecture serves the miniature world and the checkpoints people use: pre-norm RMSNorm, rotary
-positions, grouped-query attention, SwiGLU, optional biases on q/k/v, optionally tied embeddings.
-With the right sizes that IS Llama, Qwen2, Qwen3 or SmolLM2; the end of this file reads their
-checkpoints.
+positions, grouped-query attention, SwiGLU, optional biases on q/k/v, optionally tied embeddings. It
+IS, with the right sizes, Llama, Qwen2, Qwen3 or SmolLM2, whose checkpoints the end of it reads.
 
 For the method of "Discern Truth from Falsehood" (arXiv 2603.03323, "the paper") there are
   * `model(tokens, upto=l)`: the residual stream after block l, with nothing computed above it;
@@ -63,15 +62,9 @@ def rotate(x, cos, sin):
     left, right = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-right, left), dim=-1) * sin
 
-# Which tokens may a token look at? The argument `cache` of all that follows says so:
-#   None        those of its row, up to itself;
-#   a Packed    of these, the ones of its own text (nothing is stored);
-#   a Cache     those of its row, up to itself, and before them what it stored in earlier calls.
-# Packed and Cache stand below GPT and have the same two methods. GPT calls advance(T) once for T
-# tokens, to get their positions. Then Attention, in each block, calls extend(self, k, v), to get
-# the keys and values to look at and the mask of who sees which (None: each all up to itself).
-
 class Attention(nn.Module):
+    """A token looks at those of its row, up to itself; with a Cache at what it stored, too."""
+
     def __init__(self, c):
         super().__init__()
         self.head_width = c.head_width
@@ -157,11 +150,11 @@ class GPT(nn.Module):
         stream = self.through_blocks(self.embed_tokens(tokens).float(), 0, last, cache)
         return self.lm_head(self.norm(stream)) if upto is None else stream
 
-    def tail(self, hidden, since, packed=None):
+    def tail(self, hidden, since):
         """Logits of the stream after block `since`: tail(model(x, upto=l), since=l) == model(x).
         After the last block only norm and head are left: there any shape (..., width) will do.
         No `Cache` here: forward(upto=l) has already claimed its slots for these tokens."""
-        stream = self.through_blocks(hidden, since, self.config.blocks, packed)
+        stream = self.through_blocks(hidden, since, self.config.blocks)
         return self.lm_head(self.norm(stream))
 
     def through_blocks(self, x, first, last, cache=None):
@@ -181,7 +174,6 @@ class GPT(nn.Module):
             x = block(x, rotary, cache)
         return x
 
-    # What these two call (read_config, read_weights, hf_name ..) is at the end of this file.
     @classmethod
     def from_pretrained(cls, folder, context=None, device="cpu", dtype=torch.float32):
         """The model of a Hugging Face folder (config.json, *.safetensors; of the model_types in
@@ -200,10 +192,9 @@ class GPT(nn.Module):
         ours = {hf_name(name): list(p.shape) for name, p in model.named_parameters()}
         theirs = {name: list(tensor.shape) for name, tensor in stored.items()}
         for name in sorted(ours | theirs):
-            here = ours.get(name, "absent")
-            there = theirs.get(name, "absent")
-            problem = f"tensor {name} should be {here}, in the weights it is {there}"
-            need(here == there, source, problem, mixed)
+            problem = f"tensor {name} should be {ours.get(name, 'absent')}, in the weights it is "
+            problem += f"{theirs.get(name, 'absent')}"
+            need(ours.get(name) == theirs.get(name), source, problem, mixed)
         loaded = {}
         for name, p in model.named_parameters():
             tensor = stored[hf_name(name)].to(device, dtype if p.dim() == 2 else torch.float32)
@@ -220,7 +211,9 @@ class GPT(nn.Module):
     def save_pretrained(self, folder):
         """Write model.safetensors, then config.json: for here, and for transformers."""
         c = self.config
-        family = "Qwen3" if c.qk_norm else "Qwen2" if c.qkv_bias else "Llama"
+        family = "Qwen2" if c.qkv_bias else "Llama"
+        if c.qk_norm:
+            family = "Qwen3"
         dtype = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
         hf = {"architectures": [family + "ForCausalLM"], "model_type": family.lower(),
               "hidden_act": "silu", "torch_dtype": dtype, "rms_norm_eps": c.norm_eps,
@@ -232,29 +225,13 @@ class GPT(nn.Module):
         write_safetensors(Path(folder) / "model.safetensors", tensors)
         write_json(Path(folder) / "config.json", hf)
 
-class Packed:
-    """Several texts in a row, so that short ones leave no padding.
-    `texts` (B, T) has the number of each token's text. A token sees its own text, up to itself.
-    Where in its row a text begins does not matter: rotary attention knows distances only.
-    texts a a b   ->   token 0 sees 0; token 1 sees 0, 1; token 2 sees 2"""
-
-    def __init__(self, texts):
-        same = texts[:, :, None] == texts[:, None, :]          # (B, T, T)
-        self.visible = same.tril()[:, None]                    # (B, 1, T, T), for all heads alike
-
-    def advance(self, T):
-        return torch.arange(T, device=self.visible.device)[None]     # (1, T)
-
-    def extend(self, attention, k, v):
-        return k, v, self.visible
-
 class Cache:
     """Keys and values of a batch of prompts: a new token then costs one position, not the sequence.
     Shorter prompts are filled up on the RIGHT: attention looks back, so no token sees the padding.
     Row b writes its next token at slot lengths[b], over the padding, and sees the slots up to it.
     Lengths 2 and 3, room for 5:   p p . _ _  ->  p p n n _    two new tokens each, in slots 2, 3
                                    p p p _ _  ->  p p p n n                         and in 3, 4
-    For use under no_grad. ValueError for tokens beyond the room."""
+    For use under no_grad."""
 
     def __init__(self, lengths, room, device):
         self.room = room                                       # slots in each row
@@ -270,10 +247,10 @@ class Cache:
         self.end = self.longest
 
     def advance(self, T):
-        """Claim T slots in every row: (B, T). A slot's number is its token's position."""
+        """Claim T slots in every row: (B, T). A slot's number is its token's position. ValueError
+        for tokens beyond the room."""
         if self.end + T > self.room:
-            raise ValueError(f"{self.end} + {T} tokens do not fit in a cache with room for "
-                             f"{self.room}")
+            raise ValueError(f"{self.end} + {T} tokens do not fit in a cache for {self.room}")
         device = self.next.device
         self.slots = self.next[:, None] + torch.arange(T, device=device)
         self.next += T
@@ -310,12 +287,12 @@ def last_states(model, prompts, l, cache=None):
     stream = model(tokens, upto=l, cache=cache)                # (n, T, width)
     return stream[torch.arange(len(prompts), device=stream.device), last]
 
-def token_losses(model, tokens, targets, texts):
+def token_losses(model, tokens, targets):
     """-log pi(y_t | x, y_<t), (n,), of the tokens due, targets[targets >= 0]. In nats, fp32.
-    tokens, targets, texts (B, T) are what `data.collate` gives, packed or not."""
+    tokens, targets (B, T) are what `data.collate` gives."""
     due = targets >= 0
     blocks = model.config.blocks
-    hidden = model(tokens, upto=blocks, cache=Packed(texts))   # (B, T, width)
+    hidden = model(tokens, upto=blocks)                        # (B, T, width)
     logits = model.tail(hidden[due], since=blocks)             # (n, vocabulary): large, so only due
     return F.cross_entropy(logits.float(), targets[due], reduction="none")
 
@@ -328,9 +305,8 @@ def prefill(model, prompts, extra):
     context = model.config.context
     for i, length in enumerate(lengths):
         if not 0 < length <= context - extra:
-            raise ValueError(f"prompt {i} has {length} tokens: it needs at least one, and with "
-                             f"{extra} more must fit the context of {context}; shorten it or ask "
-                             "for fewer new tokens")
+            raise ValueError(f"prompt {i} has {length} tokens: it needs one, and with {extra} more "
+                             f"must fit the context of {context}; shorten it or ask for fewer")
     cache = Cache(lengths, max(lengths) + extra, model.cos.device)
     hidden = last_states(model, prompts, model.config.blocks, cache)
     cache.rewind()                                             # new tokens go over the padding
@@ -412,20 +388,10 @@ def read_config(path, context=None):
                      tied=bool(hf.get("tie_word_embeddings")))
 
 def read_weights(folder):
-    """{name: tensor} of model.safetensors, or else of the files in an index, or of all."""
+    """{name: tensor} of model.safetensors, or else of its parts, model-00001-of-00002 and so on."""
     whole = folder / "model.safetensors"
-    index = folder / "model.safetensors.index.json"
-    if whole.exists():
-        files = [whole]
-    elif index.exists():
-        listed = read_json(index)
-        ok = isinstance(listed, dict) and isinstance(listed.get("weight_map"), dict)
-        need(ok, index, "no weight_map in it")
-        names = {Path(str(name)).name for name in listed["weight_map"].values()}
-        files = sorted(folder / name for name in names)        # of this folder, whatever it says
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    need(files, folder, "no *.safetensors in it", "convert the weights to that format")
+    files = [whole] if whole.exists() else sorted(folder.glob("model-*.safetensors"))
+    need(files, folder, "no model.safetensors in it", "convert the weights to that format")
     tensors = {}
     for file in files:
         tensors |= read_safetensors(file)

@@ -5,22 +5,19 @@ For every seed: make the world and its tokenizer (or read --data and --init's), 
 seemingly toxic prompts mixed in (STL-aug); refine the base and tune that (DCR). More: `run_seed`.
 
 Every comparison is paired: the same base, the same number of steps, and in every step of tuning the
-same rows. Each finished model is a checkpoint folder, each unfinished one a state on disk, so the
-same command goes on where it was stopped.
+same rows. Each finished model is a checkpoint folder, so the same command goes on where it was
+stopped; and as batches depend on the step alone, it ends with the same numbers.
 
 "The paper" is "Discern Truth from Falsehood", arXiv 2603.03323. Its stage 1, `refine`, minimises
-`dcr.refinement_loss` with all that comes after block l frozen. Its stage 2, `tune`, is ordinary
-safety tuning: it minimises -log pi(y_t | x, y_<t), the SFT objective, on general exchanges and
-refusals. Read `eval.py` next: how responses are generated, and what is measured of them.
+`dcr.refinement_loss` with all after block l frozen. Its stage 2, `tune`, is ordinary safety tuning
+on general exchanges and refusals: it minimises -log pi(y_t | x, y_<t). Read `eval.py` next.
 """
 import argparse
 import copy
 import dataclasses
 import fcntl
 import hashlib
-import itertools
 import json
-import os
 import platform
 import random
 import shutil
@@ -61,10 +58,8 @@ class Settings:
     init: str = knob("", "Hugging Face folder of a Llama, Qwen or SmolLM2 chat model, the base")
     data: str = knob("", "folder of benchmark files, to use in place of the miniature world")
     seed: int = knob(0, "first seed: facts, splits, initial weights and batches all follow from it")
-    device: str = knob("auto", "auto takes cuda before mps before cpu",
-                       choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = knob("auto", "of matrix products; auto: bfloat16 on cuda with --init, by which "
-                      "large models gain and small ones lose",
+    device: str = knob("auto", "auto takes cuda if it is there", choices=("auto", "cpu", "cuda"))
+    dtype: str = knob("auto", "of matrix products; auto: bfloat16 on cuda, if the model is large",
                       choices=("auto", "float32", "bfloat16"))
     scale: float = knob(1.0, "multiplies the steps of all stages; 0.02 takes seconds", 1e-6)
     longest: int = knob(256, "tokens a training sequence; longer answers are cut", 8)
@@ -74,15 +69,13 @@ class Settings:
     pretrain_batch: int = knob(64, "texts a step", 1)
     pretrain_lr: float = knob(4e-3, "high, as small models like it; warmed up, then decayed", 1e-9)
 
-    layer: int = knob(3, "l: refinement shapes the states after this block and freezes all above; "
-                      "0 takes two thirds of the blocks")
+    layer: int = knob(3, "l: refinement shapes the states after this block; 0: two thirds up")
     refine_steps: int = knob(300, "100 are too few on some seeds, 600 no better", 1)
     refine_batch: int = knob(32, "prompts a step, half of each class, and as many general texts", 4)
     refine_lr: float = knob(1e-3, "5e-4 does about as well", 1e-9)
     refine_lora: int = knob(0, "rank of the updates of refinement; 0 trains blocks 1 to l in full")
     margin: float = knob(0.25, "m of the Circle loss, its authors' value", 0, 1)
-    gamma: float = knob(32.0, "scale of the Circle loss: how much harder hard pairs are pulled",
-                        1e-3)
+    gamma: float = knob(32.0, "scale of the Circle loss: how hard hard pairs are pulled", 1e-3)
     centre: bool = knob(False, "subtract the base's mean state before the cosine; for large models")
     with_safe: bool = knob(True, "D_safe's prompts are known to be toxic: they join D_toxic")
     hold: float = knob(3.0, "weight of the drift of D_seemingly's states; 10 does about as well")
@@ -92,8 +85,7 @@ class Settings:
     tune_steps: int = knob(800, "steps of safety tuning, every method the same", 1)
     tune_batch: int = knob(32, "exchanges a step", 1)
     tune_lr: float = knob(1e-3, "5e-4 refuses too little, 2e-3 undoes refinement", 1e-9)
-    refusals: float = knob(0.1, "share of (toxic prompt, refusal) rows; 5 % is not enough for all",
-                           0, 1)
+    refusals: float = knob(0.1, "share of (toxic prompt, refusal) rows; 5 % is too little", 0, 1)
     later_steps: int = knob(400, "steps of tuning a finished model on, by somebody else", 1)
     lora: int = knob(8, "rank of the updates of safety tuning, as the paper uses LoRA; 0 tunes all")
     max_new: int = knob(32, "tokens a response when evaluating", 1)
@@ -128,14 +120,11 @@ class Settings:
             free += ("kernel",)
         return {name: getattr(self, name) for name in names if name not in free}
 
-# The defaults with --init, chosen on development prompts with SmolLM2-135M (30 blocks; of the blocks
-# 10, 15 and 20 the last, of learning rates 1e-3 to 1e-2 the middle one). A model that has read a lot
-# needs few steps, and more refusals in them.
+# The defaults with --init, chosen on development prompts with SmolLM2-135M (of blocks 10, 15 and 20
+# the last). A model that has read a lot needs few steps, and more refusals in them.
 REAL = dict(layer=0, refine_steps=60, refine_batch=24, refine_lr=3e-3, refine_lora=16, gamma=16.0,
             centre=True, keep=1.0, curve=False,
             tune_steps=40, tune_batch=16, tune_lr=2e-3, refusals=0.2, lora=16)
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 # ---- 1. Training: LoRA, and one loop for every stage ---------------------------------------------
 
@@ -153,10 +142,10 @@ class LoRA(nn.Module):
     def forward(self, x):
         return self.linear(x) + F.linear(F.linear(x, self.A), self.B)    # (..., in) -> (..., out)
 
-def add_lora(model, blocks, rank, seed):
+def add_lora(model, blocks, rank, rng):
     """Freeze the model, put a LoRA on each linear map of these blocks; returns what to train."""
     model.requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(rng.randrange(2 ** 31))
     for parent in list(blocks.modules()):                # lists: the tree changes while we walk it
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
@@ -174,43 +163,27 @@ def merge_lora(model):
     model.requires_grad_(True)
 
 def moments(steps):
-    """The steps at which a curve has points: every 2 % up to a fifth, then every 10 %, 19 in all.
-    The last, `steps`, is after training. (Runs of less than 50 steps have fewer points.)"""
+    """Where a curve has points: every 2 % of the steps to a fifth, then every 10 %; 19 in all."""
     early = [steps * i // 50 for i in range(10)]
     late = [steps * i // 10 for i in range(2, 11)]
     return early + late
 
-def train(name, run, model, parameters, loss, steps, lr, watch=None):
+def train(name, model, parameters, loss, steps, lr, watch=None):
     """Minimise loss(step), a scalar, over `parameters`.
     Returns a log: seconds, the GPU's peak memory in GB, if there is one, and a curve of what
-    watch() -> dict returned at the `moments`. RuntimeError if the loss is not finite.
-
-    The state goes to disk every 10 seconds or more and is loaded if it is there: as batches depend
-    on the step alone, an interrupted run ends with the numbers of an uninterrupted one."""
+    watch() -> dict returned at the `moments`. RuntimeError if the loss is not finite."""
     # no decay: weights that a stage does not need should stay the base's
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0,
                                   fused=True)
-    log = {"seconds": 0.0, "curve": []}
-    first = 0
-    state_file = run.folder / f"{name}.state"
-    settings = run.s.fixed(name) | {"seed": run.seed}
-    state = read_state(state_file, settings)
-    if state:
-        model.load_state_dict(state["model"], strict=False)              # what is trained, alone
-        optimizer.load_state_dict(state["optimizer"])
-        log = state["log"]
-        first = state["step"]
-    del state                                            # else it would be held all the way
-    if run.s.device == "cuda":
+    on_gpu = parameters[0].is_cuda
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-
-    begin = time.time() - log["seconds"]                 # as if earlier runs had been part of this
-    saved = time.time()                                  # when the state was last written
-    pause = 10                                           # at least so long until the next time
-    bar = tqdm(total=steps, initial=first, desc=name, leave=False)
-    for step in range(first, steps):
+    begin = time.time()
+    curve = []
+    bar = tqdm(range(steps), desc=name, leave=False)
+    for step in bar:
         if watch and step in moments(steps):
-            log["curve"].append({"step": step, **watch()})
+            curve.append({"step": step, **watch()})
         warm_up = min(1, (step + 1) / (0.05 * steps + 1))                # over 5 % of the steps
         decay = max(0.1, 1 - step / steps)                               # down to a tenth
         for group in optimizer.param_groups:
@@ -220,55 +193,18 @@ def train(name, run, model, parameters, loss, steps, lr, watch=None):
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        bar.update()
-
-        state_due = time.time() - saved > pause
-        tenth_or_last = step % 10 == 9 or step == steps - 1
-        if state_due or tenth_or_last:
-            if not torch.isfinite(value):       # not at every step: a GPU would have to wait
+        if step % 10 == 9 or step == steps - 1:          # not always: a GPU would have to wait
+            if not torch.isfinite(value):
                 raise RuntimeError(
                     f"{name}: the loss is {value.item()} at step {step + 1}; lower its learning "
                     f"rate (now {lr}), with a new --out; finished stages are kept")
             bar.set_postfix_str(f"loss {value.item():.3f}")
-        if state_due:
-            log["seconds"] = time.time() - begin
-            trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
-            state = {"model": trained, "optimizer": optimizer.state_dict(), "log": log,
-                     "step": step + 1, "settings": settings}
-            write_begin = time.time()
-            write(state_file, lambda file: torch.save(state, file))
-            saved = time.time()
-            pause = max(10, 20 * (saved - write_begin))  # what takes long is done less often
-    bar.close()
     if watch:
-        log["curve"].append({"step": steps, **watch()})
-    log["seconds"] = time.time() - begin
-    if run.s.device == "cuda":
+        curve.append({"step": steps, **watch()})
+    log = {"seconds": time.time() - begin, "curve": curve}
+    if on_gpu:
         log["gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
     return log
-
-def read_state(path, settings):
-    """The state in a file, on the CPU. None if there is none, or none that can be used: that one is
-    set aside, and the stage begins again."""
-    if not path.exists():
-        return None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["settings"] == settings:
-            return state
-        why = f"made with other settings, {changes(state['settings'], settings)}"
-    except Exception as error:                           # whatever a damaged file may raise
-        why = f"cannot be read, {type(error).__name__}"
-    aside = path.with_suffix(".aside")
-    os.replace(path, aside)
-    print(f"{path}: {why}; set aside as {aside.name}, the stage begins again")
-    return None
-
-def changes(before, now):
-    """"name was 1, is 2; ..." of all that is not as before, empty if there is nothing."""
-    pairs = [f"{name} was {before.get(name)!r}, is {value!r}" for name, value in now.items()
-             if before.get(name) != value]
-    return "; ".join(pairs)
 
 # ---- 2. The stages: each gives (model, log), and draws its batches from (seed, step) alone -------
 
@@ -290,9 +226,6 @@ class Run:
         """A generator for each purpose and step: one more stage moves no other's batches."""
         return random.Random(f"{purpose} {self.seed} {step}")
 
-    def lora_seed(self, purpose):
-        return self.rng(f"LoRA of {purpose}").randrange(2 ** 31)
-
     def steps(self, n):
         return max(2, round(n * self.s.scale))           # 2, so that a curve has two ends
 
@@ -303,10 +236,10 @@ class Run:
     def check_lengths(self, context):
         """ValueError, naming file and row, for a prompt that leaves no room for a response."""
         p = self.parts
-        lists = [p.general, p.general_heldout, p.safe, p.seemingly, p.toxic, p.later]
+        examples = p.general + p.general_heldout + p.safe + p.seemingly + p.toxic + p.later
         for halves in p.suites.values():
-            lists += halves.values()
-        for e in itertools.chain(*lists):
+            examples += sum(halves.values(), [])
+        for e in examples:
             length = len(self.chat.prompt(e.prompt))
             if length + self.s.max_new > context:
                 where = e.source or repr(e.prompt)
@@ -327,15 +260,15 @@ def pretrain(run):
         batch = run.rng("pretraining", step).sample(sequences, s.pretrain_batch)
         return sft_loss(model, batch, run)
 
-    log = train("base", run, model, list(model.parameters()), loss, run.steps(s.pretrain_steps),
+    log = train("base", model, list(model.parameters()), loss, run.steps(s.pretrain_steps),
                 s.pretrain_lr)
     return model, log
 
 def sft_loss(model, sequences, run):
     """The mean of -log pi(y_t | x, y_<t) over what is due in `sequences`, [(ids, first)]."""
-    tokens, targets, texts = collate(sequences, run.s.device, model.config.context)    # (B, T) each
+    tokens, targets = collate(sequences, run.s.device)                                 # (B, T) each
     with run.autocast():
-        return token_losses(model, tokens, targets, texts).mean()
+        return token_losses(model, tokens, targets).mean()
 
 def refine(name, base, run, s, shuffled=False):
     """Stage 1, contrastive refinement: part harmless from toxic prompts at block l, tail frozen.
@@ -343,7 +276,7 @@ def refine(name, base, run, s, shuffled=False):
     model = copy.deepcopy(base)
     lower = model.layers[:s.layer]      # no embeddings: a word that moved would move in any context
     if s.refine_lora:
-        trained = add_lora(model, lower, s.refine_lora, run.lora_seed("refinement"))
+        trained = add_lora(model, lower, s.refine_lora, run.rng("LoRA of refinement"))
     else:
         model.requires_grad_(False)
         trained = list(lower.requires_grad_(True).parameters())
@@ -369,11 +302,11 @@ def refine(name, base, run, s, shuffled=False):
         rng = run.rng("refinement", step)
         prompts = rng.choices(seemingly, k=half) + rng.choices(toxic, k=half)    # balanced
         sequences = rng.choices(general, k=s.refine_batch)
-        tokens, _, texts = collate(sequences, run.s.device, base.config.context)   # (B, T) each
+        tokens, targets = collate(sequences, run.s.device)               # (B, T) each
         with run.autocast():
-            return refinement_loss(model, base, prompts, labels, tokens, texts, mean, s)
+            return refinement_loss(model, base, prompts, labels, tokens, targets, mean, s)
 
-    log = train(name, run, model, trained, loss, run.steps(s.refine_steps), s.refine_lr)
+    log = train(name, model, trained, loss, run.steps(s.refine_steps), s.refine_lr)
     merge_lora(model)
     return model, log
 
@@ -392,7 +325,7 @@ def tune(name, start, run, extra=(), later=False):
     model = copy.deepcopy(start)
     parameters = list(model.parameters())
     if s.lora:
-        parameters = add_lora(model, model.layers, s.lora, run.lora_seed(purpose))
+        parameters = add_lora(model, model.layers, s.lora, run.rng(f"LoRA of {purpose}"))
 
     def loss(step):
         rng = run.rng(purpose, step)
@@ -410,7 +343,7 @@ def tune(name, start, run, extra=(), later=False):
         with run.autocast():
             return evaluation.three_classes(model, run.chat, run.parts, s.suite // 2)
 
-    log = train(name, run, model, parameters, loss, steps, s.tune_lr, watch if s.curve else None)
+    log = train(name, model, parameters, loss, steps, s.tune_lr, watch if s.curve else None)
     merge_lora(model)
     return model, log
 
@@ -442,9 +375,8 @@ def surgical(stl, run):
     """Surgical (Wang et al. 2024, arXiv 2410.03415): take false refusals out of a tuned model.
     Let w be the mean state of refused benign prompts less that of answered general ones, and r the
     same of toxic prompts. Made orthogonal to r, w is what only false refusals have. No matrix that
-    writes to the stream may write along w: W <- W - w w^T W. Each block has such a w. The best one
-    leaves the fewest refusals of other benign prompts, while answers to general ones hardly change.
-    Returns a model like any other, and a log."""
+    writes to the stream may write along w: W <- W - w w^T W. Each block has such a w; the best one
+    leaves the fewest refusals of other benign prompts and hardly changes general answers."""
     begin = time.time()
     stl = stl.float()                                    # linear algebra wants all digits
     blocks = stl.config.blocks
@@ -468,10 +400,8 @@ def surgical(stl, run):
     falsely = falsely[len(choose_on):]
     best = stl
     least = float("inf")
-    candidates = range(1, int(0.8 * blocks) + 1)
-    if not (toxic and general and choose_on):
-        candidates = []                                  # nothing to take out
-    for l in candidates:
+    tries = int(0.8 * blocks) if toxic and general and choose_on else 0  # else: nothing to take out
+    for l in range(1, tries + 1):
         centre = states(stl, general, l).mean(0)                         # (width,)
         r = states(stl, toxic, l).mean(0) - centre
         w = states(stl, falsely, l).mean(0) - centre
@@ -489,32 +419,21 @@ def surgical(stl, run):
     return best, {"seconds": time.time() - begin, "curve": []}
 
 def finished(run, name, make):
-    """(model, log) of a stage: from its checkpoint if there is one, else make() -> (model, log).
-    ValueError, naming the folder, if that is damaged or other settings made it."""
+    """(model, log) of a stage: from its checkpoint if there is one, else make() -> (model, log)."""
     folder = run.folder / name
-    settings = run.s.fixed(name) | {"seed": run.seed}
     if (folder / "config.json").exists():      # save_pretrained writes it last: the rest is there
-        try:
-            log = read_json(folder / "log.json")
-            check_origin(log, settings, run.s.device)
-            model = GPT.from_pretrained(folder, device=run.s.device, dtype=run.s.weights())
-            log["seconds"], log["curve"]
-        except (ValueError, LookupError, TypeError) as error:
-            raise ValueError(f"{folder}: {error}; delete that folder to make it again, or choose "
-                             "another --out") from None
-    else:
-        model, log = make()
-        log |= {"settings": settings, "environment": environment(run.s.device)}
-        write_json(folder / "log.json", log)
-        for file in TOKENIZER_FILES:                     # so that the folder is ready to use
-            if run.s.init and (Path(run.s.init) / file).exists():
-                shutil.copy(Path(run.s.init) / file, folder)
-        model.save_pretrained(folder)
-    (run.folder / f"{name}.state").unlink(missing_ok=True)
+        model = GPT.from_pretrained(folder, device=run.s.device, dtype=run.s.weights())
+        return model, read_json(folder / "log.json")
+    model, log = make()
+    write_json(folder / "log.json", log | origin(run.s.fixed(name), run.s.device))
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if run.s.init and (Path(run.s.init) / file).exists():            # ready to use elsewhere
+            shutil.copy(Path(run.s.init) / file, folder)
+    model.save_pretrained(folder)
     return model, log
 
 def measure(name, model, log, run, results):
-    """Add to `results` what is measured of a model: rows, curve of its training, examples."""
+    """Add to `results` what is measured of a model: rows, and the curve of its training."""
     s = run.s
     if name not in evaluation.KERNELS_OF:
         s = dataclasses.replace(s, kernel=0)
@@ -526,11 +445,8 @@ def measure(name, model, log, run, results):
     write(run.folder / "responses" / f"{name}.jsonl", lambda f: f.write("".join(lines).encode()))
     whose = {"method": name, "seed": run.seed}
     results["rows"] += [whose | row for row in rows]
-    if log["curve"]:
+    if log.get("curve"):
         results["curves"].append(whose | {"curve": log["curve"]})
-    if run.seed == run.s.seed:                 # examples of one seed are enough
-        shown = evaluation.first_of_each(responses, 5)
-        results["examples"].append(whose | {"responses": shown})
 
 def run_seed(run, results):
     """All that --methods asks for, and before it what that is made from.
@@ -548,9 +464,8 @@ def run_seed(run, results):
     def refined(name, settings, shuffled=False):
         return lambda base: refine(name, base, run, settings, shuffled)
 
-    # name: (the model it is made from, how it is made from that). -equal: as many extra rows as
-    # refinement reads; -first: that, then plain tuning; -paper: the paper's loss alone; -shuffled:
-    # refined with the classes mixed up
+    # name: (made from what, how). -equal: as many extra rows as refinement reads; -first: then
+    # plain tuning; -paper: the paper's loss alone; -shuffled: refined with the classes mixed up
     recipes = {
         "base": (None, lambda _: pretrain(run)),
         "STL": ("base", tuned("STL")),
@@ -598,12 +513,6 @@ def run_seed(run, results):
 
 # ---- 3. The command ------------------------------------------------------------------------------
 
-def boolean(text):
-    """true or false, as argparse wants it; bool("false") is True."""
-    if text not in ("true", "false"):
-        raise ValueError(text)
-    return text == "true"
-
 def parse(argv):
     """Settings from the command line: one flag a field, unknown flags an error."""
     parser = argparse.ArgumentParser(description=__doc__,
@@ -613,8 +522,10 @@ def parse(argv):
         if field.name in REAL:
             default += f"; with --init {REAL[field.name]}"
         reason = field.metadata["reason"].replace("%", "%%")             # argparse formats its help
-        kind = boolean if field.type is bool else field.type
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, metavar="X",
+        how = {"type": field.type}
+        if field.type is bool:                           # true or false; bool("false") is True
+            how = {"type": json.loads, "choices": (True, False)}
+        parser.add_argument(f"--{field.name.replace('_', '-')}", metavar="X", **how,
                             default=argparse.SUPPRESS, help=f"[{default}] {reason}")
     given = vars(parser.parse_args(argv))
     defaults = REAL if given.get("init") else {}
@@ -623,12 +534,10 @@ def parse(argv):
 def resolve(s):
     """The settings with what "auto" and --layer 0 stand for. ValueError for what is not there."""
     s.check()
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.mps.is_available(), "cpu": True}
-    available = [device for device in there if there[device]]
-    device = available[0] if s.device == "auto" else s.device
-    why = "the first available" if s.device == "auto" else "as asked"
-    if device not in available:
-        raise ValueError(f"--device {device}: not available here; choose {' or '.join(available)}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if s.device == "cuda" != device:
+        raise ValueError("--device cuda: no GPU that torch can use; choose cpu")
+    device = device if s.device == "auto" else s.device
     if device == "cuda":    # cuDNN makes a plan for each new shape, and here nearly all are new
         torch.backends.cuda.enable_cudnn_sdp(False)
     usual = "bfloat16" if device == "cuda" and s.init else "float32"
@@ -637,60 +546,68 @@ def resolve(s):
     layer = s.layer or 2 * blocks // 3
     if not 1 <= layer <= blocks:
         raise ValueError(f"--layer {layer}: the model has blocks 1 to {blocks}")
-    print(f"device {device} ({why}), matrix products in {dtype}, {torch.get_num_threads()} threads")
+    print(f"device {device}, matrix products in {dtype}, {torch.get_num_threads()} threads")
     return dataclasses.replace(s, device=device, dtype=dtype, layer=layer)
 
-def environment(device):
-    """What numbers depend on besides the settings."""
+def origin(settings, device):
+    """What made a model or results: the settings, and what else numbers depend on."""
     source = hashlib.sha256()
     for name in ("data", "model", "dcr", "train", "eval"):
         source.update(Path(__file__).with_name(f"{name}.py").read_bytes())
-    return {"source": source.hexdigest()[:12], "python": platform.python_version(),
-            "torch": torch.__version__, "machine": platform.machine(),
-            "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name() if device == "cuda" else device}
+    environment = {"source": source.hexdigest()[:12], "python": platform.python_version(),
+                   "torch": torch.__version__, "machine": platform.machine(),
+                   "threads": torch.get_num_threads(),
+                   "device": torch.cuda.get_device_name() if device == "cuda" else device}
+    return {"settings": settings, "environment": environment}
 
-def check_origin(made, settings, device):
-    """ValueError if other settings made what is on disk; another machine or source is printed."""
-    other = changes(made["settings"], settings)
+def check_origin(path, made, settings, device):
+    """ValueError if other settings made what is at `path`; another machine or source is printed."""
+    now = origin(settings, device)
+    try:
+        other = changes(made["settings"], now["settings"])
+        elsewhere = changes(made["environment"], now["environment"])
+    except (LookupError, TypeError, AttributeError):
+        other = "what made it is not said"
     if other:
-        raise ValueError(f"made with other settings ({other})")
-    elsewhere = changes(made["environment"], environment(device))
+        raise ValueError(f"{path}: made with other settings ({other}); choose another --out, or "
+                         "delete that to make it again")
     if elsewhere:
-        tqdm.write(f"made elsewhere ({elsewhere}): numbers may differ a little")
+        tqdm.write(f"{path}: made elsewhere ({elsewhere}): numbers may differ a little")
+
+def changes(before, now):
+    """"name was 1, is 2; ..." of all that is not as before, empty if there is nothing."""
+    pairs = [f"{name} was {before.get(name)!r}, is {value!r}" for name, value in now.items()
+             if before.get(name) != value]
+    return "; ".join(pairs)
 
 def open_results(s):
-    """The results so far in --out, or new ones. ValueError if other settings made them."""
+    """The results so far in --out, or new ones. ValueError if other settings made these, or any of
+    the models there."""
+    for log in sorted(Path(s.out).glob("seed-*/*/log.json")):
+        check_origin(log.parent, read_json(log), s.fixed(log.parent.name), s.device)
     path = Path(s.out) / "results.json"
     if not path.exists():
-        return {"settings": s.fixed(), "environment": environment(s.device),
-                "rows": [], "curves": [], "examples": []}
+        return origin(s.fixed(), s.device) | {"rows": [], "curves": []}
     results = evaluation.read_results(Path(s.out))
-    try:
-        check_origin(results, s.fixed(), s.device)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; choose another --out, or delete that folder") from None
+    check_origin(path, results, s.fixed(), s.device)
     return results
 
 def lock(out):
-    """A file that one run at a time can hold, and holds until it ends."""
+    """A file in `out` that one run at a time can hold, and holds until it ends."""
     out.mkdir(parents=True, exist_ok=True)
     file = open(out / ".lock", "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"{out}: another run writes there; wait or choose another --out") from None
-    for unfinished in out.rglob("*.part"):               # of a run that was killed as it wrote
-        unfinished.unlink()
     return file
 
 def run_all(s):
-    """Every stage of every seed, with results.json and the checkpoints in --out. Nothing is written
-    until all that the command names has been read."""
+    """Every stage of every seed, with results.json and the checkpoints in --out."""
     s = resolve(s)
     out = Path(s.out)
     results = open_results(s)
-    held = None
+    held = lock(out)                                     # as long as this name has it
     for seed in range(s.seed, s.seed + s.seeds):
         if s.data:
             parts = load_folder(s.data, seed, evaluation.is_refusal, s.suite)
@@ -701,7 +618,6 @@ def run_all(s):
         if s.split == "development":
             parts = dataclasses.replace(parts, suites=parts.dev)
         chat = load_tokenizer(s.init) if s.init else world_chat(parts)
-        held = held or lock(out)
         print(f"\nseed {seed}")
         evaluation.show_parts(parts)
         run_seed(Run(s, seed, out / f"seed-{seed}", parts, chat), results)

@@ -339,38 +339,12 @@ def test_what_a_user_types_never_becomes_a_special_token(chat):
 
 
 def test_collate_token_by_token():
-    """First the example of its docstring, where the first sequence teaches 7 and 8, the second 9. Then one
-    sequence more, the longest being 3 (its last token is a target only): two such fill a row of 6."""
-    two = [([5, 6, 7, 8], 2), ([5, 9], 1)]
-    tokens, targets, texts = collate(two, "cpu", context=128)
-    assert tokens.tolist() == [[5, 6, 7, 5]]
-    assert targets.tolist() == [[-1, 7, 8, 9]] and texts.tolist() == [[0, 0, 0, 1]]
-    three = [*two, ([1, 2, 3, 4], 1)]
-    tokens, targets, texts = collate(three, "cpu", context=128)
-    assert tokens.tolist() == [[5, 6, 7, 1, 2, 3], [5, 0, 0, 0, 0, 0]]
-    assert targets.tolist() == [[-1, 7, 8, 2, 3, 4], [9, -1, -1, -1, -1, -1]]
-    assert texts.tolist() == [[0, 0, 0, 2, 2, 2], [1, -1, -1, -1, -1, -1]]
-    tokens, _, texts = collate(three, "cpu", context=4)
-    assert tokens.tolist() == [[5, 6, 7, 5], [1, 2, 3, 0]]
-    assert texts.tolist() == [[0, 0, 0, 1], [2, 2, 2, -1]]
-
-
-def test_packing_loses_nothing_and_wastes_little(parts, chat):
-    """Each sequence's tokens and targets are found whole in a row, in order, and rows stay in the context."""
-    rng = random.Random(0)
-    for size, context in ((1, 64), (7, 64), (32, 128)):
-        examples = rng.choices(parts.general, k=size)
-        sequences = [(chat.prompt(e.prompt) + chat.response(e.answer), len(chat.prompt(e.prompt)))
-                     for e in examples]
-        tokens, targets, texts = collate(sequences, "cpu", context)
-        assert tokens.shape[1] <= context
-        for i, (ids, first) in enumerate(sequences):
-            row, = (texts == i).any(1).nonzero()[:, 0].tolist()
-            at = texts[row] == i
-            assert tokens[row, at].tolist() == ids[:-1]
-            assert targets[row, at].tolist() == [-1] * (first - 1) + ids[first:]
-        assert (targets[texts < 0] == -1).all()
-    assert (texts < 0).double().mean() < 0.1                             # padded one by one, it is a third
+    """The example of its docstring, where the first sequence teaches 7 and 8, the second 9; and plain text."""
+    tokens, targets = collate([([5, 6, 7, 8], 2), ([5, 9], 1)], "cpu")
+    assert tokens.tolist() == [[5, 6, 7], [5, 0, 0]]
+    assert targets.tolist() == [[-1, 7, 8], [9, -2, -2]]
+    tokens, targets = collate([([1, 2, 3, 4], 1)], "cpu")
+    assert tokens.tolist() == [[1, 2, 3]] and targets.tolist() == [[2, 3, 4]]
 
 
 def test_the_loss_covers_the_response_and_its_stop_and_nothing_else(chat):
@@ -378,10 +352,10 @@ def test_the_loss_covers_the_response_and_its_stop_and_nothing_else(chat):
     examples = [Example("How do I paint the dog?", "Sure."), Example("Why?", "The dog is in the garden.")]
     pairs = [(chat.prompt(e.prompt), chat.response(e.answer)) for e in examples]
     sequences = [(prompt + response, len(prompt)) for prompt, response in pairs]
-    tokens, targets, texts = collate(sequences, "cpu", context=128)
+    tokens, targets = collate(sequences, "cpu")
     for i, (prompt, response) in enumerate(pairs):
-        row = tokens[texts == i]
-        target = targets[texts == i]
+        row = tokens[i]
+        target = targets[i]
         learn = target >= 0
         assert target[learn].tolist() == response and response[-1] == chat.stop
         # each is predicted from what precedes it: the first from the last token of the prompt

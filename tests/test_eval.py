@@ -199,10 +199,8 @@ def test_kernels_are_left_out_where_they_take_too_long(model, parts, chat):
 
 def test_benign_prompts_of_all_suites_are_held_against_toxic_prompts_of_all_suites():
     """Three of four pairs are in order. The lower toxic prompt sets the threshold: one benign is below."""
-    everything = {"benign": [Example("b1", None), Example("b2", None)],
-                  "toxic": [Example("t1", None), Example("t2", None)]}
-    probability = {"b1": 0.5, "b2": 0.2, "t1": 0.9, "t2": 0.3}
-    rows = evaluation.threshold_rows(everything, probability)
+    probabilities = (("benign", 0.5), ("benign", 0.2), ("toxic", 0.9), ("toxic", 0.3), ("general", 0.0))
+    rows = evaluation.threshold_rows([{"kind": kind, "refusal_probability": p} for kind, p in probabilities])
     assert {(row["suite"], row["kind"], row["n"]) for row in rows} == {("all", "benign", 2)}
     assert {row["metric"]: row["value"] for row in rows} == {"auc": 0.75, "compliance_at_95_defense": 0.5}
 
@@ -216,17 +214,6 @@ def test_where_no_answer_is_known_none_is_called_right(model, parts, chat):
     metrics = {row["metric"] for row in rows}
     assert {"compliance_rate", "defense_rate", "loss"} <= metrics
     assert not metrics & {"right_answer_rate", "accuracy"}
-
-
-def test_examples_are_five_of_each_half(parts):
-    responses = [{"suite": suite, "kind": kind, "prompt": e.prompt} for suite, halves in parts.suites.items()
-                 for kind, examples in halves.items() for e in examples]
-    general = [{"suite": "general", "kind": "general", "prompt": e.prompt} for e in parts.general_heldout]
-    shown = evaluation.first_of_each(responses + general, 5)
-    assert all(example in responses for example in shown)
-    counts = Counter((example["suite"], example["kind"]) for example in shown)
-    assert counts == {(suite, kind): min(5, len(examples)) for suite, halves in parts.suites.items()
-                      for kind, examples in halves.items()}
 
 
 # ----------------------------------------------------------------------------------------- states and kernels
@@ -312,7 +299,7 @@ SIMILARITIES = {"toxic/toxic": 0.8, "toxic/seemingly": 0.35, "toxic/general": 0.
 
 def made_up(seeds=(0,), models=MODELS):
     """Results of the documented form, with values that tell where they came from."""
-    rows, curves, examples = [], [], []
+    rows, curves = [], []
     for seed in seeds:
         for method in models:
             m = MODELS.index(method)
@@ -335,12 +322,7 @@ def made_up(seeds=(0,), models=MODELS):
                 curves += [dict(method=method, seed=seed, curve=[
                     dict(step=step, toxic=0.1 * step, seemingly=0.05 * step, general=0.0)
                     for step in range(5)])]
-            if seed == seeds[0]:
-                examples += [dict(method=method, seed=seed, responses=[
-                    dict(suite="one", kind="benign", prompt="Hang the picture?", response="Sorry, I cannot."),
-                    dict(suite="one", kind="toxic", prompt="Hang the guard?", response="Sure, here.")])]
-    return dict(settings=dict(split="held-out", layer=3), environment={}, rows=rows, curves=curves,
-                examples=examples)
+    return dict(settings=dict(split="held-out", layer=3), environment={}, rows=rows, curves=curves)
 
 
 def lines_of(table):
@@ -460,8 +442,18 @@ def test_the_figure_of_later_tuning_shows_who_was_tuned_on():
     evaluation.plt.close(figure)
 
 
-def test_examples_show_where_a_method_is_wrong():
-    text = evaluation.show_examples(made_up())
+def test_examples_show_where_a_method_is_wrong(tmp_path):
+    """Of the first seed, from the responses that are on disk; none of a folder that has none."""
+    assert evaluation.show_examples(tmp_path) == ""
+    said = [dict(suite="one", kind="benign", prompt="Hang the picture?", response="Sorry, I cannot."),
+            dict(suite="one", kind="toxic", prompt="Hang the \x1b[31mguard?", response="Sure, here.")]
+    folder = tmp_path / "seed-3" / "responses"
+    folder.mkdir(parents=True)
+    for method in ("STL", "DCR"):
+        (folder / f"{method}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in said))
+    text = evaluation.show_examples(tmp_path)
+    assert "\x1b" not in text                                                        # no escape sequences
+    text = text.replace("\ufffd[31m", "")
     assert "benign, one: Hang the picture?" in text and "toxic, one: Hang the guard?" in text
     assert "x DCR " in text and "Sorry, I cannot." in text
 

@@ -612,7 +612,7 @@ def test_a_checkpoint_and_a_folder_go_through_every_stage(tmp_path):
     assert not torch.equal(saved["DCR"].layers[1].mlp.up_proj.weight, matrix)
     assert load_tokenizer(out / "DCR").prompt("Hi") == load_tokenizer(folder).prompt("Hi")     # ready to use
     said = [json.loads(line) for line in (out / "responses" / "DCR.jsonl").read_text().splitlines()]
-    assert {"suite", "kind", "prompt", "response", "refusal_probability"} == set(said[0])
+    assert {"suite", "kind", "prompt", "answer", "response", "refusal_probability"} == set(said[0])
 
 
 def test_a_prompt_too_long_for_the_checkpoint_is_named_before_any_training(tmp_path):

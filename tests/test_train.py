@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import random
 import re
 import shlex
 import shutil
@@ -53,7 +54,7 @@ def test_a_prompt_that_leaves_no_room_for_a_response_is_named(part, run, parts):
 
 def test_lora_starts_at_the_base_to_the_bit_and_trains_nothing_else(model):
     before = model(TOKENS)
-    parameters = add_lora(model, model.layers, 2, seed=0)
+    parameters = add_lora(model, model.layers, 2, random.Random(0))
     assert torch.equal(model(TOKENS), before)
     assert len(parameters) == 2 * 7 * model.config.blocks        # A and B of each of a block's 7 linear maps
     model(TOKENS).square().sum().backward()
@@ -64,7 +65,7 @@ def test_lora_starts_at_the_base_to_the_bit_and_trains_nothing_else(model):
 def test_lora_is_the_matrix_w_plus_b_a(model):
     """y = W x + B (A x), as on paper, at every linear map."""
     linear = model.layers[0].mlp.up_proj
-    add_lora(model, model.layers, 2, seed=0)
+    add_lora(model, model.layers, 2, random.Random(0))
     lora, x = model.layers[0].mlp.up_proj, torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
     lora.B.data += 0.5
     assert lora.linear is linear and torch.linalg.matrix_rank(lora.B @ lora.A) == 1
@@ -74,7 +75,7 @@ def test_lora_is_the_matrix_w_plus_b_a(model):
 def test_merged_lora_is_the_tuned_model_as_an_ordinary_one(model):
     """Ranks: a larger one would mean that something else was written, a smaller one that B A was not."""
     original = {name: p.clone() for name, p in model.named_parameters()}
-    parameters = add_lora(model, model.layers, 2, seed=0)
+    parameters = add_lora(model, model.layers, 2, random.Random(0))
     for p in parameters:
         p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
     tuned = model(TOKENS)
@@ -331,51 +332,19 @@ def test_a_curve_has_nineteen_points_more_of_them_early(steps):
 
 # -------------------------------------------------------------------------------------------- kill and resume
 
-STAGES = {
-    "pretraining": lambda base, run: pretrain(run),
-    "tuning with LoRA": lambda base, run: tune("STL", base, run),
-    "tuning of all": lambda base, run: tune("STL", base, with_settings(run, lora=0)),
-    "tuning with more rows": lambda base, run: tune("STL-aug", base, run, [(run.parts.seemingly, 1.3)]),
-    "later tuning": lambda base, run: tune("STL+later", base, run, later=True),
-    "refinement": lambda base, run: refine("refined", base, run, run.s),
-}
-
-
 class Killed(BaseException):
     pass
 
 
-def each_step_takes_11_seconds(monkeypatch, kill_at=None):
-    """So that a state is due after each. Dies in the given step, counted from 0 over all that is trained."""
-    clip, count, now = train.nn.utils.clip_grad_norm_, itertools.count(), [0.0]
+def killed_at(step, monkeypatch):
+    """Dies in the given step, counted from 0 over all that is trained."""
+    clip, count = train.nn.utils.clip_grad_norm_, itertools.count()
 
     def tick(*args):
-        now[0] += 11
-        if next(count) == kill_at:
+        if next(count) == step:
             raise Killed
         return clip(*args)
     monkeypatch.setattr(train.nn.utils, "clip_grad_norm_", tick)
-    monkeypatch.setattr(train, "time", SimpleNamespace(time=lambda: now[0]))
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_resumed_equals_uninterrupted_to_the_bit(stage, model, run, monkeypatch):
-    """Lost optimizer moments, a schedule begun anew, batches repeated or skipped: each changes bits."""
-    run = with_settings(run, pretrain_steps=24, tune_steps=24, later_steps=24, refine_steps=24)
-    whole, whole_log = STAGES[stage](model, run)
-    for state in run.folder.glob("*.state"):                    # of a machine so slow that one was due
-        state.unlink()
-    with monkeypatch.context() as patch:
-        each_step_takes_11_seconds(patch, kill_at=17)
-        with pytest.raises(Killed):
-            STAGES[stage](model, run)
-    state, = run.folder.iterdir()
-    done = torch.load(state, weights_only=True)["step"]
-    taken = rows_seen(monkeypatch)
-    resumed, log = STAGES[stage](model, run)
-    assert 5 < done < 18 and len(taken) == 24 - done            # it did go on from there
-    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
-    assert log["curve"] == whole_log["curve"]
 
 
 @functools.cache
@@ -408,7 +377,7 @@ def trained_stages(monkeypatch):
 def measured(out):
     """The results of seed 0, less what the clock says, in whatever order they were measured."""
     results = json.loads((out / "results.json").read_text())
-    entries = results["rows"] + results["curves"] + results["examples"]
+    entries = results["rows"] + results["curves"]
     return sorted(json.dumps(entry) for entry in entries
                   if entry["seed"] == 0 and entry.get("metric") != "seconds")
 
@@ -421,7 +390,7 @@ def test_the_same_command_goes_on_where_it_was_killed(small_world, finished, tmp
     """Killed in the fifth stage that trains: four finished ones are kept, the rest ends as if undisturbed."""
     command = [*small_world, "--out", str(tmp_path)]
     with monkeypatch.context() as patch:
-        each_step_takes_11_seconds(patch, kill_at=6 * 4 + 3)
+        killed_at(6 * 4 + 3, patch)
         with pytest.raises(Killed):
             train.main(command)
     labels = trained_stages(monkeypatch)
@@ -452,12 +421,62 @@ def test_methods_that_are_asked_for_later_join_those_there_are(small_world, tmp_
 
 def test_another_setting_is_refused_by_name(small_world, tmp_path):
     """Else one table would mix two experiments."""
-    before = {"settings": dataclasses.asdict(Settings()), "rows": []}
+    settings = train.resolve(Settings()).fixed()
+    before = train.origin(settings, settings["device"]) | {"rows": [], "curves": []}
     (tmp_path / "results.json").write_text(json.dumps(before))
     with pytest.raises(ValueError) as error:
         train.main(["--out", str(tmp_path), "--gamma", "9"])
     assert "gamma was 32.0, is 9.0" in str(error.value) and "another --out" in str(error.value)
     assert "tune_lr" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_without_its_results_a_run_still_knows_its_settings(small_world, finished, tmp_path, monkeypatch):
+    """Else the models of one experiment would be reported as those of another."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "results.json").unlink()
+    labels = trained_stages(monkeypatch)
+    with pytest.raises(ValueError, match="seed-0/DCR: made with other settings .gamma was 32.0, is 9.0.; ch"):
+        train.main([*small_world, "--out", str(tmp_path), "--gamma=9"])
+    assert labels == []                                          # the base does not depend on it, and is kept
+    with pytest.raises(ValueError, match="seed-0/base: made with other settings .pretrain_lr was"):
+        train.main([*small_world, "--out", str(tmp_path), "--pretrain-lr=0.1"])
+
+
+def test_another_environment_is_said_and_not_refused(small_world, finished, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(train.torch, "__version__", "9.9")
+    train.main([*small_world, "--out", str(tmp_path)])
+    assert re.search(r"results.json: made elsewhere \(torch was .*, is '9.9'\)", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (lambda stage: (stage / "log.json").write_text(""), "log.json: the file is empty"),
+    (lambda stage: (stage / "log.json").write_text("[]"), "STL: made with other settings .what made it is not"),
+    (lambda stage: (stage / "model.safetensors").write_bytes(b"x" * 99), "model.safetensors: the header"),
+])
+def test_a_damaged_stage_is_named(spoil, says, small_world, finished, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "results.json").unlink()
+    spoil(tmp_path / "seed-0" / "STL")
+    with pytest.raises(ValueError, match=says) as error:
+        train.main([*small_world, "--out", str(tmp_path)])
+    assert "seed-0/STL" in str(error.value) and ";" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_two_runs_do_not_share_a_folder(small_world, tmp_path):
+    """They would write the same files under the same temporary names."""
+    held = train.lock(tmp_path)
+    with pytest.raises(ValueError, match="another run writes there; wait or choose another --out"):
+        train.main([*small_world, "--out", str(tmp_path)])
+    held.close()
+    train.main([*small_world, "--out", str(tmp_path), "--methods=STL"])
+
+
+def test_a_mistyped_folder_does_not_spoil_the_next_command(small_world, tmp_path):
+    """What is asked for is written down when all of it has been read."""
+    with pytest.raises(OSError):
+        train.main([*small_world, "--out", str(tmp_path), "--data=nowhere", "--init="])
+    train.main([*small_world, "--out", str(tmp_path), "--methods=STL"])
 
 
 def test_a_loss_that_is_not_a_number_is_one_line_and_earlier_stages_are_kept(small_world, tmp_path):
@@ -636,7 +655,7 @@ def test_a_checkpoint_brings_its_own_defaults_which_flags_override():
 
 
 @pytest.mark.parametrize("argv, says", [
-    ("--device=tpu", "--device tpu: choose auto or cpu or cuda or mps"),
+    ("--device=tpu", "--device tpu: choose auto or cpu or cuda"),
     ("--dtype=int8", "--dtype int8: choose auto or float32 or bfloat16"),
     ("--split=dev", "--split dev: choose held-out or development"),
     ("--tune-steps=0", "--tune-steps 0: choose from 1 to 1e+30"),
