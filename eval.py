@@ -504,7 +504,7 @@ def report(out):
                          f"go on with python train.py --out {out}")
     try:
         text = tables(results)
-    except (LookupError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{out / 'results.json'}: damaged ({type(error).__name__}); delete it, "
                          "and train.py makes it anew from the saved models") from None
     print(f"\n{text}\n{show_examples(out)}\n")

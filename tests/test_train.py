@@ -438,7 +438,7 @@ def test_without_its_results_a_run_still_knows_its_settings(small_world, finishe
     with pytest.raises(ValueError, match="seed-0/DCR: made with other settings .gamma was 32.0, is 9.0.; ch"):
         train.main([*small_world, "--out", str(tmp_path), "--gamma=9"])
     assert labels == []                                          # the base does not depend on it, and is kept
-    with pytest.raises(ValueError, match="seed-0/base: made with other settings .pretrain_lr was"):
+    with pytest.raises(ValueError, match="made with other settings .pretrain_lr was"):
         train.main([*small_world, "--out", str(tmp_path), "--pretrain-lr=0.1"])
 
 
