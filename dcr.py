@@ -16,9 +16,7 @@ Refinement" (arXiv 2603.03323), in the rest of the project called "the paper". T
 
    so a refusal spreads as far as the kernel reaches. With all after block l frozen, Proposition 1
    of the paper bounds ||K(x', x)||_F by a similarity of the states h_x' and h_x: prompts with
-   unlike states should not share refusals. The kernel is here, the bound in `theory.ipynb`.
-
-There is no training here. Read `train.py` next.
+   unlike states should not share refusals. The bound is in `theory.ipynb`. Read `train.py` next.
 """
 import copy
 from dataclasses import dataclass

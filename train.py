@@ -554,14 +554,13 @@ def origin(settings, device):
     source = hashlib.sha256()
     for name in ("data", "model", "dcr", "train", "eval"):
         source.update(Path(__file__).with_name(f"{name}.py").read_bytes())
-    environment = {"source": source.hexdigest()[:12], "python": platform.python_version(),
-                   "torch": torch.__version__, "machine": platform.machine(),
-                   "threads": torch.get_num_threads(),
+    environment = {"source": source.hexdigest()[:12], "torch": torch.__version__,
+                   "machine": platform.machine(), "threads": torch.get_num_threads(),
                    "device": torch.cuda.get_device_name() if device == "cuda" else device}
     return {"settings": settings, "environment": environment}
 
 def check_origin(path, made, settings, device):
-    """ValueError if other settings made what is at `path`; another machine or source is printed."""
+    """ValueError if other settings made what is at `path`. Returns what else was different then."""
     now = origin(settings, device)
     try:
         other = changes(made["settings"], now["settings"])
@@ -571,8 +570,7 @@ def check_origin(path, made, settings, device):
     if other:
         raise ValueError(f"{path}: made with other settings ({other}); choose another --out, or "
                          "delete that to make it again")
-    if elsewhere:
-        tqdm.write(f"{path}: made elsewhere ({elsewhere}): numbers may differ a little")
+    return elsewhere
 
 def changes(before, now):
     """"name was 1, is 2; ..." of all that is not as before, empty if there is nothing."""
@@ -583,13 +581,17 @@ def changes(before, now):
 def open_results(s):
     """The results so far in --out, or new ones. ValueError if other settings made these, or any of
     the models there."""
+    elsewhere = ""
     for log in sorted(Path(s.out).glob("seed-*/*/log.json")):
-        check_origin(log.parent, read_json(log), s.fixed(log.parent.name), s.device)
+        now = s.fixed(log.parent.name)
+        elsewhere = check_origin(log.parent, read_json(log), now, s.device) or elsewhere
+    results = origin(s.fixed(), s.device) | {"rows": [], "curves": []}
     path = Path(s.out) / "results.json"
-    if not path.exists():
-        return origin(s.fixed(), s.device) | {"rows": [], "curves": []}
-    results = evaluation.read_results(Path(s.out))
-    check_origin(path, results, s.fixed(), s.device)
+    if path.exists():
+        results = evaluation.read_results(Path(s.out))
+        elsewhere = check_origin(path, results, s.fixed(), s.device) or elsewhere
+    if elsewhere:
+        print(f"{s.out}: some of it was made elsewhere ({elsewhere}); numbers may differ a little")
     return results
 
 def lock(out):
