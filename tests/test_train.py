@@ -185,13 +185,16 @@ def test_augmentation_adds_what_the_paper_adds_or_what_refinement_reads(model, r
 
 @pytest.mark.parametrize("shuffled", [False, True])
 @pytest.mark.parametrize("keep, hold", [(10.0, 3.0), (0.0, 0.0)])
-def test_refinement_moves_the_lower_blocks_and_nothing_else(model, run, shuffled, keep, hold):
-    """Frozen means unchanged to the bit: the theory needs tau_l = 0, and weight decay would break it."""
+@pytest.mark.parametrize("rank", [0, 2])
+def test_refinement_moves_the_lower_blocks_and_nothing_else(model, run, shuffled, keep, hold, rank):
+    """Frozen means unchanged to the bit: the theory needs tau_l = 0, and weight decay would break it. A LoRA
+    moves the linear maps alone, and is merged into them."""
     original = {name: p.clone() for name, p in model.named_parameters()}
-    s = dataclasses.replace(run.s, keep=keep, hold=hold)
+    s = dataclasses.replace(run.s, keep=keep, hold=hold, refine_lora=rank)
     refined, _ = refine("refined", model, run, s, shuffled)
     for name, p in refined.named_parameters():
-        assert torch.equal(p, original[name]) == (not name.startswith("layers.0.")), name
+        moved = name.startswith("layers.0.") and (rank == 0 or p.dim() == 2)
+        assert torch.equal(p, original[name]) == (not moved), name
         assert p.requires_grad
     assert all(torch.equal(p, original[name]) for name, p in model.named_parameters()), "the base"
 
@@ -226,7 +229,8 @@ def test_shuffled_labels_keep_the_prompts_and_the_sizes_and_lose_the_truth(with_
     assert control[0] & benign and control[0] & toxic
 
 
-def test_refinement_parts_the_classes(model, run, parts):
+@pytest.mark.parametrize("rank", [0, 4])
+def test_refinement_parts_the_classes(model, run, parts, rank):
     """The one thing it is for: less alike between the classes than within, about the base's mean state."""
     def gap(model, centre):
         states = [last_states(model, [run.chat.prompt(e.prompt) for e in part], 1)
@@ -234,7 +238,8 @@ def test_refinement_parts_the_classes(model, run, parts):
         centre = torch.cat(states).mean(0) if centre is None else centre
         benign, toxic = (F.normalize(h - centre, dim=1) for h in states)
         return ((benign @ benign.T).mean() + (toxic @ toxic.T).mean()) / 2 - (benign @ toxic.T).mean(), centre
-    s = dataclasses.replace(run.s, refine_steps=200, refine_lr=1e-2, keep=0.0, still=0.0, hold=0.0)
+    s = dataclasses.replace(run.s, refine_steps=200, refine_lr=1e-2, keep=0.0, still=0.0, hold=0.0,
+                            refine_lora=rank)
     refined, _ = refine("refined", model, run, s)
     before, centre = gap(model, None)
     after, _ = gap(refined, centre)
