@@ -164,9 +164,7 @@ def merge_lora(model):
 
 def moments(steps):
     """Where a curve has points: every 2 % of the steps to a fifth, then every 10 %; 19 in all."""
-    early = [steps * i // 50 for i in range(10)]
-    late = [steps * i // 10 for i in range(2, 11)]
-    return early + late
+    return [steps * i // 50 for i in range(10)] + [steps * i // 10 for i in range(2, 11)]
 
 def train(name, model, parameters, loss, steps, lr, watch=None):
     """Minimise loss(step), a scalar, over `parameters`.
@@ -219,8 +217,7 @@ class Run:
 
     def autocast(self):
         """The context in which models run."""
-        bf16 = self.s.dtype == "bfloat16"
-        return torch.autocast(self.s.device, torch.bfloat16, enabled=bf16)
+        return torch.autocast(self.s.device, torch.bfloat16, enabled=self.s.dtype == "bfloat16")
 
     def rng(self, purpose, step=0):
         """A generator for each purpose and step: one more stage moves no other's batches."""
@@ -233,8 +230,12 @@ class Run:
         """Examples or plain texts as a list of (ids, index of the first token to learn)."""
         return [self.chat.exchange(e, self.s.longest, context) for e in examples]
 
-    def check_lengths(self, context):
-        """ValueError, naming file and row, for a prompt that leaves no room for a response."""
+    def check_prompts(self, vocabulary, context):
+        """ValueError, naming file and row, for a prompt that leaves no room for a response, and for
+        a tokenizer whose ids the model does not know."""
+        if self.chat.size > vocabulary:
+            raise ValueError(f"{self.s.init}: a tokenizer of {self.chat.size} ids, a model of "
+                             f"{vocabulary}; use those of one checkpoint")
         p = self.parts
         examples = p.general + p.general_heldout + p.safe + p.seemingly + p.toxic + p.later
         for halves in p.suites.values():
@@ -242,9 +243,8 @@ class Run:
         for e in examples:
             length = len(self.chat.prompt(e.prompt))
             if length + self.s.max_new > context:
-                where = e.source or repr(e.prompt)
-                raise ValueError(f"{where}: {length} tokens and a response of {self.s.max_new} "
-                                 f"exceed the model's context of {context}; shorten it")
+                raise ValueError(f"{e.source or e.prompt}: {length} tokens and a response of "
+                                 f"{self.s.max_new} exceed the context of {context}; shorten it")
 
 def pretrain(run):
     """The base: a GPT that learns the world's text by heart, in which every request is answered."""
@@ -492,7 +492,7 @@ def run_seed(run, results):
             log = {"seconds": 0.0, "curve": []}
         else:
             model, log = finished(run, name, lambda: make(stage(start) if start else None))
-        run.check_lengths(model.config.context)          # before the base is asked the first prompt
+        run.check_prompts(model.config.vocab_size, model.config.context)     # before any is asked
         measured = [(row["method"], row["seed"]) for row in results["rows"]]
         if (name, run.seed) not in measured:
             measure(name, model, log, run, results)

@@ -44,12 +44,18 @@ def test_sft_loss_is_the_mean_over_response_tokens(model, run, parts):
 @pytest.mark.parametrize("part", ["general", "general_heldout", "safe", "seemingly", "toxic", "suites"])
 def test_a_prompt_that_leaves_no_room_for_a_response_is_named(part, run, parts):
     """Wherever it is: found before the first step of training, not in an evaluation an hour later."""
-    run.check_lengths(128)
+    run.check_prompts(run.chat.size, 128)
     long = [Example("why " * 300, "So.", source="my.csv: row 3")]
     value = {"new": {"benign": long}} if part == "suites" else getattr(parts, part) + long
     run = dataclasses.replace(run, parts=dataclasses.replace(parts, **{part: value}))
     with pytest.raises(ValueError, match=r"^my.csv: row 3: \d+ tokens and a response of 6 exceed .* of 128"):
-        run.check_lengths(128)
+        run.check_prompts(run.chat.size, 128)
+
+
+def test_a_tokenizer_of_more_ids_than_the_model_has_is_refused(run):
+    """Else the first prompt with such an id would end in an IndexError, or on a GPU in worse."""
+    with pytest.raises(ValueError, match=r"a tokenizer of \d+ ids, a model of 5; use those of one checkpoint"):
+        run.check_prompts(5, 128)
 
 
 def test_lora_starts_at_the_base_to_the_bit_and_trains_nothing_else(model):
@@ -229,8 +235,8 @@ def test_shuffled_labels_keep_the_prompts_and_the_sizes_and_lose_the_truth(with_
     assert control[0] & benign and control[0] & toxic
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-def test_refinement_parts_the_classes(model, run, parts, rank):
+@pytest.mark.parametrize("rank, lr", [(0, 1e-2), (8, 1e-2)])
+def test_refinement_parts_the_classes(model, run, parts, rank, lr):
     """The one thing it is for: less alike between the classes than within, about the base's mean state."""
     def gap(model, centre):
         states = [last_states(model, [run.chat.prompt(e.prompt) for e in part], 1)
@@ -238,7 +244,7 @@ def test_refinement_parts_the_classes(model, run, parts, rank):
         centre = torch.cat(states).mean(0) if centre is None else centre
         benign, toxic = (F.normalize(h - centre, dim=1) for h in states)
         return ((benign @ benign.T).mean() + (toxic @ toxic.T).mean()) / 2 - (benign @ toxic.T).mean(), centre
-    s = dataclasses.replace(run.s, refine_steps=200, refine_lr=1e-2, keep=0.0, still=0.0, hold=0.0,
+    s = dataclasses.replace(run.s, refine_steps=200, refine_lr=lr, keep=0.0, still=0.0, hold=0.0,
                             refine_lora=rank)
     refined, _ = refine("refined", model, run, s)
     before, centre = gap(model, None)
@@ -544,7 +550,7 @@ def test_tables_and_figures_can_be_rebuilt_from_the_results(finished):
 
 def stand_in(name):
     """In place of a model."""
-    return SimpleNamespace(name=name, config=SimpleNamespace(context=128))
+    return SimpleNamespace(name=name, config=SimpleNamespace(context=128, vocab_size=10 ** 6))
 
 
 def made(run, methods, monkeypatch):
