@@ -535,7 +535,7 @@ def resolve(s):
     """The settings with what "auto" and --layer 0 stand for. ValueError for what is not there."""
     s.check()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if s.device == "cuda" != device:
+    if s.device == "cuda" and device == "cpu":
         raise ValueError("--device cuda: no GPU that torch can use; choose cpu")
     device = device if s.device == "auto" else s.device
     if device == "cuda":    # cuDNN makes a plan for each new shape, and here nearly all are new
