@@ -511,16 +511,16 @@ def report(out):
     (out / "results.md").write_text(text, encoding="utf-8")
     for name, draw in FIGURES.items():
         figure = draw(results)
-        if figure is None:                          # of methods that were not asked for
-            continue
-        figure.savefig(out / f"{name}.png", dpi=150)
-        plt.close(figure)
-        print(f"figure in {out / name}.png")
+        if figure:                                  # else it is of methods not asked for
+            figure.savefig(out / f"{name}.png", dpi=150)
+            plt.close(figure)
+            print(f"figure in {out / name}.png")
     print(f"tables in {out / 'results.md'}")
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    sys.stdout.reconfigure(errors="replace")            # a terminal may know ASCII alone
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("--out", default="out", help="[out] folder that train.py wrote")
     try:
         report(Path(parser.parse_args().out))

@@ -193,7 +193,7 @@ SHAPES = {"0.5B": dict(width=896, blocks=24, heads=14, kv_heads=2, head_width=64
 
 def fit(sizes):
     """Does it fit the card? Peak memory and time of the stages as `train.py --init` runs them, on random
-    models of Qwen2.5's shapes, with prompts of 50 tokens and answers of 65: matrices in bf16, LoRA in both."""
+    models of Qwen2.5's shapes, with prompts of 50 tokens and answers of 65: matrices in bf16, LoRA twice."""
     world = World(0).parts(4)
     chat, rng = world_chat(world), random.Random(0)
     objects = [o for members in World(0).members.values() for o in members]

@@ -339,7 +339,7 @@ def test_what_a_user_types_never_becomes_a_special_token(chat):
 
 
 def test_collate_token_by_token():
-    """The example of its docstring, where the first sequence teaches 7 and 8, the second 9; and plain text."""
+    """The example of its docstring, where the first row teaches 7 and 8, the second 9; and plain text."""
     tokens, targets = collate([([5, 6, 7, 8], 2), ([5, 9], 1)], "cpu")
     assert tokens.tolist() == [[5, 6, 7], [5, 0, 0]]
     assert targets.tolist() == [[-1, 7, 8], [9, -2, -2]]

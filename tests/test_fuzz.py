@@ -23,8 +23,8 @@ from test_eval import made_up                               # noqa: E402
 from test_real import TEMPLATES, checkpoint, write          # noqa: E402
 
 CASES = 60
-ODD = [None, True, False, 0, -1, 1, 2.5, 1e999, float("nan"), 10 ** 12, "", "x", "false", "\ud800", [], {}, [1],
-       ["a", "b"], {"a": 1}, {"type": "x"}, [[]], [None]]
+ODD = [None, True, False, 0, -1, 1, 2.5, 1e999, float("nan"), 10 ** 12, "", "x", "false", "\ud800", [], {},
+       [1], ["a", "b"], {"a": 1}, {"type": "x"}, [[]], [None]]
 
 
 def spoil_bytes(raw, rng):
@@ -74,7 +74,8 @@ def spoil_json(raw, rng):
 
 def model_folder(folder):
     torch.manual_seed(0)
-    GPT(GPTConfig(vocab_size=30, width=16, blocks=2, kv_heads=2, head_width=4, hidden=8)).save_pretrained(folder)
+    config = GPTConfig(vocab_size=30, width=16, blocks=2, kv_heads=2, head_width=4, hidden=8)
+    GPT(config).save_pretrained(folder)
 
 
 def load_model(folder):

