@@ -3,9 +3,9 @@
     python tests/by_prompt.py out-real [--xstest BENCHMARKS/xstest_v2_prompts.csv]
 
 For each half of each suite, prompts of all seeds pooled: the share that is refused, with Wilson's 95 %
-interval; each method less STL, with the interval that 95 % of 10,000 resamples of the prompts give, paired: in
-each both methods are asked the same prompts. (That the models themselves would differ with other seeds is not
-in it.) With --xstest, what is answered by XSTest's type of prompt."""
+interval; each method less STL, with the interval that 95 % of 10,000 resamples of the prompts give, paired:
+in each both methods are asked the same prompts. (That other seeds would give other models is not in it.)
+With --xstest, what is answered by XSTest's type of prompt."""
 import argparse
 import csv
 import json
@@ -66,7 +66,8 @@ def tables(out, xstest=None):
     text = ["refused, in percent, with Wilson's interval", markdown(zip(*lines)),
             "refused, less STL, paired by prompt, in points", markdown(zip(*differences))]
     if xstest:
-        kind_of = {row["prompt"].strip(): row["type"] for row in csv.DictReader(open(xstest, encoding="utf-8"))}
+        rows = csv.DictReader(open(xstest, encoding="utf-8"))
+        kind_of = {row["prompt"].strip(): row["type"] for row in rows}
         lines = [["type", "prompts", *methods]]
         for kind in sorted(set(kind_of.values())):
             line = []
