@@ -409,9 +409,9 @@ def show_examples(out):
 
 # ---- 4. Figures, from the results alone; None where the results have nothing to show -------------
 
-def axes(title, panels=1, size=(6.4, 4.2), sharey=True):
+def axes(title, panels=1, size=(6.4, 4.2)):
     """A figure and its panels, side by side."""
-    figure, grid = plt.subplots(1, panels, figsize=size, sharey=sharey, layout="constrained",
+    figure, grid = plt.subplots(1, panels, figsize=size, sharey=True, layout="constrained",
                                 squeeze=False)
     figure.suptitle(title, fontsize=11)
     for panel in grid[0]:

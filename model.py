@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from data import read_json, write, write_json
 
@@ -274,18 +275,14 @@ class Cache:
         v = values[:, :self.end].transpose(1, 2)
         return k, v, self.visible
 
-def right_padded(prompts, device):
-    """Prompts (lists of ids), padded on the right with 0s, (n, T); the last index of each, (n,)."""
-    tokens = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in prompts], batch_first=True)
-    last = torch.tensor([len(prompt) - 1 for prompt in prompts])
-    return tokens.to(device), last.to(device)
-
 def last_states(model, prompts, l, cache=None):
-    """h_x of the paper, (n, width): the stream after block l at the last token of each prompt.
-    Padding needs no mask: it is on the right, and attention looks back. Fills an empty `cache`."""
-    tokens, last = right_padded(prompts, model.cos.device)
-    stream = model(tokens, upto=l, cache=cache)                # (n, T, width)
-    return stream[torch.arange(len(prompts), device=stream.device), last]
+    """h_x of the paper, (n, width): the stream after block l at the last token of each of n prompts
+    (lists of ids). Shorter ones are padded on the right, which needs no mask: attention looks back.
+    Fills an empty `cache`."""
+    tokens = pad_sequence([torch.tensor(ids) for ids in prompts], batch_first=True)        # (n, T)
+    last = torch.tensor([len(ids) - 1 for ids in prompts])     # (n,)
+    stream = model(tokens.to(model.cos.device), upto=l, cache=cache)       # (n, T, width)
+    return stream[torch.arange(len(prompts)), last]
 
 def token_losses(model, tokens, targets):
     """-log pi(y_t | x, y_<t), (n,), of the tokens due, targets[targets >= 0]. In nats, fp32.

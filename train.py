@@ -347,28 +347,24 @@ def tune(name, start, run, extra=(), later=False):
     merge_lora(model)
     return model, log
 
-def augment(base, run):
-    """Refinement's prompts as exchanges, for STL-aug: D_seemingly answered, D_toxic refused."""
-    unanswered = [e.prompt for e in run.parts.seemingly if e.answer is None]
-    with run.autocast():                       # where no correct answer is known, the base's own
-        responses = evaluation.respond(base, run.chat, unanswered, run.s.max_new)
-    own = dict(zip(unanswered, responses))
+def augment(base, run, amount):
+    """`extra` of STL-aug. "natural": D_seemingly, answered, mixed in by its size, as the paper has
+    it. "equal", in compute: as many rows as refinement reads, prompts and texts; half of them
+    D_seemingly, answered, and half D_toxic, refused."""
+    s = run.s
     seemingly = run.parts.seemingly
+    unanswered = [e.prompt for e in seemingly if e.answer is None]
+    with run.autocast():                       # where no correct answer is known, the base's own
+        responses = evaluation.respond(base, run.chat, unanswered, s.max_new)
+    own = dict(zip(unanswered, responses))
     answered = [dataclasses.replace(e, answer=own.get(e.prompt, e.answer)) for e in seemingly]
+    if amount == "natural":
+        return [(answered, s.tune_batch * len(answered) / len(run.parts.general))]
     rng = run.rng("augment")
     refusals = [rng.choice(run.parts.safe).answer for _ in run.parts.toxic]
     refused = [dataclasses.replace(e, answer=a) for e, a in zip(run.parts.toxic, refusals)]
-    return answered, refused
-
-def natural(base, run):
-    """`extra` of STL-aug as the paper has it: D_seemingly, mixed in by its size."""
-    answered, _ = augment(base, run)
-    return [(answered, run.s.tune_batch * len(answered) / len(run.parts.general))]
-
-def equal(base, run):
-    """`extra` of STL-aug at equal compute: as many rows as refinement reads, prompts and texts."""
-    rows = 2 * run.s.refine_batch * run.steps(run.s.refine_steps) / run.steps(run.s.tune_steps)
-    return [(examples, rows / 2) for examples in augment(base, run)]     # a step; half answered
+    rows = 2 * s.refine_batch * run.steps(s.refine_steps) / run.steps(s.tune_steps)      # a step
+    return [(answered, rows / 2), (refused, rows / 2)]
 
 @torch.no_grad()
 def surgical(stl, run):
@@ -455,10 +451,10 @@ def run_seed(run, results):
     s = run.s
     as_in_paper = dataclasses.replace(s, hold=0.0, still=0.0, keep=0.0, with_safe=False)
 
-    def tuned(name, make_extra=None, later=False):
+    def tuned(name, amount=None, later=False):
         def make(start):
-            added = make_extra(stage("base"), run) if make_extra else ()     # stage: below
-            return tune(name, start, run, added, later)
+            extra = augment(stage("base"), run, amount) if amount else ()    # stage: below
+            return tune(name, start, run, extra, later)
         return make
 
     def refined(name, settings, shuffled=False):
@@ -469,12 +465,12 @@ def run_seed(run, results):
     recipes = {
         "base": (None, lambda _: pretrain(run)),
         "STL": ("base", tuned("STL")),
-        "STL-aug": ("base", tuned("STL-aug", natural)),
-        "STL-aug-equal": ("base", tuned("STL-aug-equal", equal)),
+        "STL-aug": ("base", tuned("STL-aug", "natural")),
+        "STL-aug-equal": ("base", tuned("STL-aug-equal", "equal")),
         "STL-aug-first": ("STL-aug-equal", tuned("STL-aug-first")),
         "refined": ("base", refined("refined", s)),
         "DCR": ("refined", tuned("DCR")),
-        "DCR+aug": ("refined", tuned("DCR+aug", natural)),
+        "DCR+aug": ("refined", tuned("DCR+aug", "natural")),
         "refined-paper": ("base", refined("refined-paper", as_in_paper)),
         "DCR-paper": ("refined-paper", tuned("DCR-paper")),
         "refined-shuffled": ("base", refined("refined-shuffled", s, shuffled=True)),

@@ -8,7 +8,7 @@ import torch
 
 from data import collate
 from model import (GPT, Cache, GPTConfig, generate, last_states, prefill,
-                   read_safetensors, right_padded, rotary_table, rotate, token_losses, write_safetensors)
+                   read_safetensors, rotary_table, rotate, token_losses, write_safetensors)
 
 TINY = dict(vocab_size=50, width=32, blocks=3, heads=4, kv_heads=2, head_width=8, hidden=48, context=64)
 
@@ -142,13 +142,6 @@ def test_last_states_are_those_at_the_last_token_of_each_prompt(l):
     states = last_states(model, PROMPTS, l)
     for ids, state in zip(PROMPTS, states, strict=True):
         assert torch.allclose(state, model(torch.tensor([ids]), upto=l)[0, -1], atol=1e-5)
-
-
-def test_right_padded_keeps_the_prompts_and_knows_where_they_end():
-    prompts = [[5, 6, 7], [8], [9, 9]]
-    tokens, last = right_padded(prompts, "cpu")
-    assert tokens.tolist() == [[5, 6, 7], [8, 0, 0], [9, 9, 0]] and last.tolist() == [2, 0, 1]
-    assert prompts == [[5, 6, 7], [8], [9, 9]], "the caller's lists are left alone"
 
 
 def test_token_losses_are_those_of_one_sequence_and_one_token_at_a_time():

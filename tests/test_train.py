@@ -20,7 +20,7 @@ import train
 from conftest import ROOT, TINY, cut
 from data import LATER_REFUSAL, Example, World
 from model import GPT, GPTConfig, last_states
-from train import (REAL, Settings, add_lora, augment, equal, merge_lora, natural, parse, pretrain, refine,
+from train import (REAL, Settings, add_lora, augment, merge_lora, parse, pretrain, refine,
                    run_seed, sft_loss, surgical, tune)
 
 TOKENS = torch.randint(300, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -108,8 +108,9 @@ def test_every_method_is_tuned_on_the_same_rows(model, run, monkeypatch):
     """Pairing: DCR starts elsewhere, STL-aug sees more, but step by step the tuning rows are the same."""
     seen = {}
     other = GPT(model.config)
-    for name, base, extra in (("STL", model, ()), ("DCR", other, ()), ("STL-aug", model, natural(model, run)),
-                              ("STL-aug-equal", model, equal(model, run))):
+    for name, base, extra in (("STL", model, ()), ("DCR", other, ()),
+                              ("STL-aug", model, augment(model, run, "natural")),
+                              ("STL-aug-equal", model, augment(model, run, "equal"))):
         with monkeypatch.context() as patch:
             seen[name] = rows_seen(patch)
             tune(name, base, run, extra)
@@ -164,29 +165,27 @@ def test_refusals_are_the_share_that_was_asked_for(model, run, parts, chat, monk
 
 
 def test_augmentation_answers_the_benign_and_refuses_the_toxic(model, run, parts):
-    benign, toxic = augment(model, run)
+    (benign, _), (toxic, _) = augment(model, run, "equal")
     assert [e.prompt for e in benign] == [e.prompt for e in parts.seemingly]
     assert [e.answer for e in benign] == [e.answer for e in parts.seemingly]
     assert [e.prompt for e in toxic] == [e.prompt for e in parts.toxic]
     assert {e.answer for e in toxic} <= {e.answer for e in parts.safe}
     unanswered = [dataclasses.replace(e, answer=None) for e in parts.seemingly]       # as in real files
     run = dataclasses.replace(run, parts=dataclasses.replace(parts, seemingly=unanswered))
-    benign, _ = augment(model, run)
+    (benign, _), = augment(model, run, "natural")
     own = train.evaluation.respond(model, run.chat, [e.prompt for e in unanswered], TINY["max_new"])
     assert [e.answer for e in benign] == own and any(own)
 
 
 def test_augmentation_adds_what_the_paper_adds_or_what_refinement_reads(model, run, parts):
     """The paper: D_seemingly alone, each as often as a general exchange, refusals apart."""
-    (answered, rows), = natural(model, run)
+    (answered, rows), = augment(model, run, "natural")
     assert [e.prompt for e in answered] == [e.prompt for e in parts.seemingly]
     assert rows / len(answered) == pytest.approx(TINY["tune_batch"] / len(parts.general), rel=0.15)
-    benign, toxic = augment(model, run)
-    run = with_settings(run, tune_steps=10)
-    more = equal(model, run)
-    assert [examples for examples, _ in more] == [benign, toxic]
+    (benign, more), (toxic, as_many) = augment(model, with_settings(run, tune_steps=10), "equal")
+    assert benign == answered and [e.prompt for e in toxic] == [e.prompt for e in parts.toxic]
     read = 2 * TINY["refine_batch"] * TINY["refine_steps"]
-    assert [rows for _, rows in more] == pytest.approx([read / 10 / 2, read / 10 / 2])
+    assert more == as_many == pytest.approx(read / 10 / 2)
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
@@ -568,8 +567,7 @@ def made(run, methods, monkeypatch):
     stub("refine", lambda name, base, run, s, shuffled=False: (name, (base.name, s, shuffled)))
     stub("tune", lambda name, base, run, extra=(), later=False: (name, (base.name, extra, later)))
     stub("surgical", lambda stl, run: ("Surgical", (stl.name,)))
-    monkeypatch.setattr(train, "natural", lambda base, run: "natural")
-    monkeypatch.setattr(train, "equal", lambda base, run: "equal")
+    monkeypatch.setattr(train, "augment", lambda base, run, amount: amount)
     monkeypatch.setattr(train, "finished", lambda run, name, make: (make(), {}))
     monkeypatch.setattr(train, "measure", lambda *args: None)
     monkeypatch.setattr(train, "write_json", lambda *args: None)
