@@ -322,14 +322,6 @@ class Kernel:
         squared = quadratic + 2 * inner * linear + inner.square() * len(self.W)
         return squared.clamp(min=0).sqrt()
 
-    def between(self, left, right, only=None):
-        """left_i^T K(x_i, x_j) right_j of all pairs, (n, n), for left, right (n, V)."""
-        G, inner = self.pieces(only)
-        left = left.double()
-        right = right.double()
-        below = torch.einsum("id,ijde,je->ij", left @ self.W, G, right @ self.W)
-        return below + inner * (left @ right.T)
-
 def kernel(model, prompts):
     """The exact `Kernel` of prompts (lists of ids). ValueError for a model with a tied head."""
     if model.config.tied:

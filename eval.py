@@ -16,7 +16,7 @@ a suite are benign prompts, all of them seemingly toxic, and toxic ones. The met
   misfiled                  share of D_safe that lies on the harmless side at block l
   kernel_similarity         ||K(x', x)||_F / sqrt(||K(x, x)||_F ||K(x', x')||_F), K as in dcr.py
 
-`python eval.py --out DIR` rebuilds tables and figures. Read `tests/` next: each claim has one.
+`python eval.py` rebuilds tables and figures, `--ask PROMPT` asks the models. Read `tests/` next.
 """
 import argparse
 import itertools
@@ -28,9 +28,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import collate, parse_json, read_json, read_text
+from data import World, collate, load_tokenizer, parse_json, read_json, read_text, world_chat
 from dcr import kernel_norms
-from model import generate, last_states, prefill, token_losses
+from model import GPT, generate, last_states, prefill, token_losses
 
 plt.switch_backend("Agg")                           # draws into files, without a window
 
@@ -350,8 +350,7 @@ def difference_table(results, methods):
             theirs = values(results, rival, *what)      # of a run that was stopped, fewer seeds
             line.append(paired(ours, theirs) if len(ours) == len(theirs) else "-")
         lines.append(line)
-    title = "paired differences in points, with 95 % intervals over seeds"
-    return f"{title}\n\n{markdown(zip(*lines))}"
+    return f"paired differences in points, 95 % intervals over seeds\n\n{markdown(zip(*lines))}"
 
 def suite_table(results, methods):
     halves = dict.fromkeys((row["suite"], row["kind"], row["metric"]) for row in results["rows"]
@@ -407,11 +406,31 @@ def show_examples(out):
                 lines.append(f"  {mark} {method:<13} {shorten(said[i]['response'], 84)}")
     return "\n".join(lines)
 
+def ask(out, prompt):
+    """Print what each method's model of the first seed in `out` answers to a prompt, and how likely
+    a refusal was. Without a prompt, ask for one after the other. ValueError without models."""
+    results = read_results(out)
+    seed = results["rows"][0]["seed"]
+    folder = out / f"seed-{seed}"
+    trained = [name for name in METHODS if (folder / name / "config.json").exists()]
+    if not trained:
+        raise ValueError(f"{folder}: no models; make them with python train.py --out {out}")
+    init = results["settings"]["init"]
+    chat = load_tokenizer(init) if init else world_chat(World(seed).parts())
+    read = lambda: input("\na prompt, or nothing to stop: ").strip()
+    prompts = [prompt] if prompt else iter(read, "")                        # until ""
+    for text in prompts:
+        for name in trained:
+            model = GPT.from_pretrained(folder / name)      # one at a time: some are large
+            response, = respond(model, chat, [text], 32)
+            refusal, = refusal_probability(model, chat, [text]).tolist()
+            print(f"  {name:<20} P(refusal) {refusal:.2f}   {shorten(response)}")
+
 # ---- 4. Figures, from the results alone; None where the results have nothing to show -------------
 
-def axes(title, panels=1, size=(6.4, 4.2)):
+def axes(title, panels=1, size=(6.4, 4.2), sharey=True):
     """A figure and its panels, side by side."""
-    figure, grid = plt.subplots(1, panels, figsize=size, sharey=True, layout="constrained",
+    figure, grid = plt.subplots(1, panels, figsize=size, sharey=sharey, layout="constrained",
                                 squeeze=False)
     figure.suptitle(title, fontsize=11)
     for panel in grid[0]:
@@ -460,8 +479,7 @@ def figure_later(results):
     methods = with_curves(results, [name for name in METHODS if name.endswith("+later")])
     if not methods:
         return None
-    title = "Tuned on by somebody else: are seemingly toxic prompts still answered?"
-    figure, (panel,) = axes(title, size=(7, 3.8))
+    figure, (panel,) = axes("Tuned on by others: are look-alikes still answered?", size=(7, 3.8))
     for method in methods:
         name = method.removesuffix("+later")
         curve(panel, results, method, "seemingly", METHODS[method], "o", name)
@@ -492,16 +510,14 @@ def read_results(out):
     if not path.exists():
         raise ValueError(f"{path}: no such file; make it with python train.py --out {out}")
     results = read_json(path)
-    if not isinstance(results, dict) or not {"rows", "curves", "settings"} <= results.keys():
+    known = isinstance(results, dict) and {"rows", "curves", "settings"} <= results.keys()
+    if not known or not results["rows"]:
         raise ValueError(f"{path}: no results of train.py; delete it, and that makes it anew")
     return results
 
 def report(out):
     """Write results.md and the figures of out/results.json, print the tables."""
     results = read_results(out)
-    if not results["rows"]:
-        raise ValueError(f"{out / 'results.json'}: nothing is measured yet; "
-                         f"go on with python train.py --out {out}")
     try:
         text = tables(results)
     except (LookupError, TypeError, AttributeError, ValueError) as error:
@@ -522,9 +538,15 @@ if __name__ == "__main__":
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("--out", default="out", help="[out] folder that train.py wrote")
+    parser.add_argument("--ask", nargs="?", const="", metavar="PROMPT",
+                        help="show every method's answer to PROMPT; without it, ask for prompts")
+    given = parser.parse_args()
     try:
-        report(Path(parser.parse_args().out))
-    except KeyboardInterrupt:
+        if given.ask is None:
+            report(Path(given.out))
+        else:
+            ask(Path(given.out), given.ask)
+    except (KeyboardInterrupt, EOFError):
         sys.exit("\nstopped")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

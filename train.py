@@ -70,6 +70,8 @@ class Settings:
     pretrain_lr: float = knob(4e-3, "high, as small models like it; warmed up, then decayed", 1e-9)
 
     layer: int = knob(3, "l: refinement shapes the states after this block; 0: two thirds up")
+    seemingly: int = knob(0, "prompts of D_seemingly; 0: all of them, 250 as in the paper")
+    narrow: bool = knob(False, "a miniature D_seemingly and D_toxic of few actions and objects")
     refine_steps: int = knob(300, "100 are too few on some seeds, 600 no better", 1)
     refine_batch: int = knob(32, "prompts a step, half of each class, and as many general texts", 4)
     refine_lr: float = knob(1e-3, "5e-4 does about as well", 1e-9)
@@ -101,8 +103,6 @@ class Settings:
             number = isinstance(value, (int, float))
             if number and not about["least"] <= value <= about["most"]:     # nor is nan between
                 raise ValueError(f"{flag}: choose from {about['least']:g} to {about['most']:g}")
-        if self.width % 8:
-            raise ValueError(f"--width {self.width}: choose a multiple of 8: 4 heads of even width")
 
     def weights(self):
         """The dtype of matrices: half of the memory if they are frozen, and a LoRA learns."""
@@ -142,9 +142,12 @@ class LoRA(nn.Module):
     def forward(self, x):
         return self.linear(x) + F.linear(F.linear(x, self.A), self.B)    # (..., in) -> (..., out)
 
-def add_lora(model, blocks, rank, rng):
-    """Freeze the model, put a LoRA on each linear map of these blocks; returns what to train."""
+def unfreeze(model, blocks, rank, rng):
+    """Freeze all of the model but these blocks. Returns what to train: a new LoRA of this rank on
+    each of their linear maps, or if that is 0 all of their weights."""
     model.requires_grad_(False)
+    if not rank:
+        return list(blocks.requires_grad_(True).parameters())
     generator = torch.Generator().manual_seed(rng.randrange(2 ** 31))
     for parent in list(blocks.modules()):                # lists: the tree changes while we walk it
         for name, child in list(parent.named_children()):
@@ -251,7 +254,7 @@ def pretrain(run):
     s = run.s
     torch.manual_seed(run.seed)
     config = GPTConfig(vocab_size=run.chat.size, width=s.width, blocks=s.blocks, heads=4,
-                       kv_heads=2, head_width=s.width // 4, hidden=3 * s.width)
+                       kv_heads=2, head_width=s.width // 8 * 2, hidden=3 * s.width)    # even
     model = GPT(config).to(run.s.device)
     exchanges = run.exchanges(run.parts.pretraining, config.context)
     sequences = [(ids, 1) for ids, _ in exchanges]       # 1: prompts are learnt, not answers alone
@@ -275,11 +278,7 @@ def refine(name, base, run, s, shuffled=False):
     `s` is run.s or a variant. `shuffled` is the control: the same prompts, the truth destroyed."""
     model = copy.deepcopy(base)
     lower = model.layers[:s.layer]      # no embeddings: a word that moved would move in any context
-    if s.refine_lora:
-        trained = add_lora(model, lower, s.refine_lora, run.rng("LoRA of refinement"))
-    else:
-        model.requires_grad_(False)
-        trained = list(lower.requires_grad_(True).parameters())
+    trained = unfreeze(model, lower, s.refine_lora, run.rng("LoRA of refinement"))
 
     seemingly = run.parts.seemingly
     toxic = run.parts.toxic
@@ -323,9 +322,8 @@ def tune(name, start, run, extra=(), later=False):
     general = run.exchanges(run.parts.general, context)
     added = [(run.exchanges(examples, context), rows) for examples, rows in extra]
     model = copy.deepcopy(start)
-    parameters = list(model.parameters())
-    if s.lora:
-        parameters = add_lora(model, model.layers, s.lora, run.rng(f"LoRA of {purpose}"))
+    blocks = model.layers if s.lora else model           # a LoRA leaves embeddings and head alone
+    trained = unfreeze(model, blocks, s.lora, run.rng(f"LoRA of {purpose}"))
 
     def loss(step):
         rng = run.rng(purpose, step)
@@ -343,7 +341,7 @@ def tune(name, start, run, extra=(), later=False):
         with run.autocast():
             return evaluation.three_classes(model, run.chat, run.parts, s.suite // 2)
 
-    log = train(name, model, parameters, loss, steps, s.tune_lr, watch if s.curve else None)
+    log = train(name, model, trained, loss, steps, s.tune_lr, watch if s.curve else None)
     merge_lora(model)
     return model, log
 
@@ -610,9 +608,10 @@ def run_all(s):
         if s.data:
             parts = load_folder(s.data, seed, evaluation.is_refusal, s.suite)
         else:
-            parts = World(seed).parts(s.suite)
+            parts = World(seed).parts(s.suite, s.narrow)
         if not parts.pretraining and not s.init:
             raise ValueError("--data needs --init CHECKPOINT: the small GPT knows its world alone")
+        parts = dataclasses.replace(parts, seemingly=parts.seemingly[:s.seemingly or None])
         if s.split == "development":
             parts = dataclasses.replace(parts, suites=parts.dev)
         chat = load_tokenizer(s.init) if s.init else world_chat(parts)

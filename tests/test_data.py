@@ -79,6 +79,19 @@ def test_the_sizes_are_those_of_the_paper(whole):
         assert all(e.toxic == (half == "toxic") for half, examples in halves.items() for e in examples)
 
 
+def test_a_narrow_refinement_knows_few_actions_people_alone_and_three_harmless_classes(world, whole):
+    """The suites stay as wide as ever, so most of what they ask is new to it."""
+    narrow = world.parts(narrow=True)
+    assert len(narrow.seemingly) == 250 and len(narrow.toxic) == 500
+    rows = {kind: [taken_apart(e.prompt) for e in vars(narrow)[kind]] for kind in ("seemingly", "toxic")}
+    for kind, classes in {"seemingly": 3, "toxic": 1}.items():
+        _, templates, actions, objects = map(set, zip(*rows[kind]))
+        assert len(templates) <= 5 and len(actions) <= 10
+        assert len({world.class_of[o] for o in objects}) <= classes
+    assert {world.class_of[row[3]] for row in rows["toxic"]} == {"person"}
+    assert narrow.safe == whole.safe and narrow.suites["objects"] == whole.suites["objects"]
+
+
 def test_a_suite_that_cannot_be_made_is_left_out():
     """On seed 30 the held-out class goes with none of the common actions: the search for one must end."""
     suites = World(30).parts(4).suites

@@ -99,21 +99,6 @@ def residuals(K, token=3):
     return torch.nn.functional.one_hot(torch.tensor(token), pi.shape[1]) - pi
 
 
-def test_influence_is_the_inner_product_of_gradients_in_every_group_of_parameters():
-    """left^T K right for left = right = e_y - pi, and each group's share of it alone; the shares add up."""
-    model = small(qkv_bias=True)
-    K, total = kernel(model, IDS), 0
-    for group in [*K.groups, "head"]:
-        parameters = [p for name, p in model.named_parameters() if dcr.group_of(name) == group]
-        gradients = [torch.autograd.grad(score, parameters, retain_graph=True) for score in scores(model)]
-        rows = torch.stack([torch.cat([g.flatten() for g in row]) for row in gradients]).double()
-        share = K.between(residuals(K), residuals(K), [group])
-        assert torch.allclose(share, rows @ rows.T, rtol=1e-3, atol=1e-5), group
-        assert share.diagonal().min() > 0
-        total = total + share
-    assert torch.allclose(total, K.between(residuals(K), residuals(K)), rtol=1e-9)
-
-
 def test_a_tied_head_is_refused():
     with pytest.raises(ValueError, match="tied"):
         kernel(small(tied=True), IDS)

@@ -23,11 +23,27 @@ def of_the_notebook(*names):
     return namespace
 
 
+kernel_form = of_the_notebook("kernel_form")["kernel_form"]
 first_order = of_the_notebook("first_order")["first_order"]
 SECTION_6 = of_the_notebook("tail_sensitivity", "bilinear", "proposition_1")
 tail_sensitivity = SECTION_6["tail_sensitivity"]
 bilinear = SECTION_6["bilinear"]
 proposition_1 = SECTION_6["proposition_1"]
+
+
+def test_influence_is_the_inner_product_of_gradients_in_every_group_of_parameters():
+    """left^T K right for left = right = e_y - pi, and each group's share of it alone; the shares add up."""
+    model = small(qkv_bias=True)
+    K, total = kernel(model, IDS), 0
+    for group in [*K.groups, "head"]:
+        parameters = [p for name, p in model.named_parameters() if dcr.group_of(name) == group]
+        gradients = [torch.autograd.grad(score, parameters, retain_graph=True) for score in scores(model)]
+        rows = torch.stack([torch.cat([g.flatten() for g in row]) for row in gradients]).double()
+        share = kernel_form(K, residuals(K), residuals(K), [group])
+        assert torch.allclose(share, rows @ rows.T, rtol=1e-3, atol=1e-5), group
+        assert share.diagonal().min() > 0
+        total = total + share
+    assert torch.allclose(total, kernel_form(K, residuals(K), residuals(K)), rtol=1e-9)
 
 
 def test_the_error_of_the_first_order_falls_with_the_square_of_the_step():
@@ -49,7 +65,7 @@ def test_the_error_of_the_first_order_falls_with_the_square_of_the_step():
     K = kernel(model, IDS)
     e = torch.eye(len(K.W), dtype=torch.float64)
     for token in (0, 7):
-        by_kernel = 1e-3 * K.between(e[[token] * len(IDS)], residuals(K))[:, 0]
+        by_kernel = 1e-3 * kernel_form(K, e[[token] * len(IDS)], residuals(K))[:, 0]
         assert torch.allclose(dz[:, token].double(), by_kernel, rtol=1e-3, atol=1e-7)
 
 

@@ -20,8 +20,8 @@ import train
 from conftest import ROOT, TINY, cut
 from data import LATER_REFUSAL, Example, World
 from model import GPT, GPTConfig, last_states
-from train import (REAL, Settings, add_lora, augment, merge_lora, parse, pretrain, refine,
-                   run_seed, sft_loss, surgical, tune)
+from train import (REAL, Settings, augment, merge_lora, parse, pretrain, refine,
+                   run_seed, sft_loss, surgical, tune, unfreeze)
 
 TOKENS = torch.randint(300, (3, 12), generator=torch.Generator().manual_seed(0))
 
@@ -60,7 +60,7 @@ def test_a_tokenizer_of_more_ids_than_the_model_has_is_refused(run):
 
 def test_lora_starts_at_the_base_to_the_bit_and_trains_nothing_else(model):
     before = model(TOKENS)
-    parameters = add_lora(model, model.layers, 2, random.Random(0))
+    parameters = unfreeze(model, model.layers, 2, random.Random(0))
     assert torch.equal(model(TOKENS), before)
     assert len(parameters) == 2 * 7 * model.config.blocks        # A and B of each of a block's 7 linear maps
     model(TOKENS).square().sum().backward()
@@ -71,7 +71,7 @@ def test_lora_starts_at_the_base_to_the_bit_and_trains_nothing_else(model):
 def test_lora_is_the_matrix_w_plus_b_a(model):
     """y = W x + B (A x), as on paper, at every linear map."""
     linear = model.layers[0].mlp.up_proj
-    add_lora(model, model.layers, 2, random.Random(0))
+    unfreeze(model, model.layers, 2, random.Random(0))
     lora, x = model.layers[0].mlp.up_proj, torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
     lora.B.data += 0.5
     assert lora.linear is linear and torch.linalg.matrix_rank(lora.B @ lora.A) == 1
@@ -81,7 +81,7 @@ def test_lora_is_the_matrix_w_plus_b_a(model):
 def test_merged_lora_is_the_tuned_model_as_an_ordinary_one(model):
     """Ranks: a larger one would mean that something else was written, a smaller one that B A was not."""
     original = {name: p.clone() for name, p in model.named_parameters()}
-    parameters = add_lora(model, model.layers, 2, random.Random(0))
+    parameters = unfreeze(model, model.layers, 2, random.Random(0))
     for p in parameters:
         p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
     tuned = model(TOKENS)
@@ -432,7 +432,7 @@ def test_methods_that_are_asked_for_later_join_those_there_are(small_world, tmp_
 def test_another_setting_is_refused_by_name(small_world, tmp_path):
     """Else one table would mix two experiments."""
     settings = train.resolve(Settings()).fixed()
-    before = train.origin(settings, settings["device"]) | {"rows": [], "curves": []}
+    before = train.origin(settings, settings["device"]) | {"rows": [{"seed": 0}], "curves": []}
     (tmp_path / "results.json").write_text(json.dumps(before))
     with pytest.raises(ValueError) as error:
         train.main(["--out", str(tmp_path), "--gamma", "9"])
@@ -622,8 +622,8 @@ def test_the_world_is_made_as_the_settings_say(monkeypatch, tmp_path):
     def parts(*how):
         raise ValueError(f"asked for {how}")
     monkeypatch.setattr(train, "World", lambda seed: SimpleNamespace(parts=parts))
-    flags = ["--suite=7"]
-    with pytest.raises(ValueError, match=re.escape("asked for (7,)")):
+    flags = ["--suite=7", "--narrow=true"]
+    with pytest.raises(ValueError, match=re.escape("asked for (7, True)")):
         train.main([*flags, "--device=cpu", "--out", str(tmp_path)])
 
 
@@ -674,7 +674,6 @@ def test_a_checkpoint_brings_its_own_defaults_which_flags_override():
     ("--lora=-1", "--lora -1: choose from 0 to 1e+30"),
     ("--suite=0", "--suite 0: choose from 1 to 1e+30"),
     ("--layer=9", "--layer 9: the model has blocks 1 to 4"),
-    ("--width=30", "--width 30: choose a multiple of 8"),
 ])
 def test_a_setting_out_of_its_range_is_named_and_nothing_is_written(argv, says, tmp_path):
     with pytest.raises(ValueError, match="^" + re.escape(says)):
@@ -690,6 +689,25 @@ def test_every_default_is_within_its_range():
 def test_what_auto_and_layer_0_stand_for_is_resolved_before_anything_is_compared():
     s = train.resolve(parse(["--device=cpu", "--layer=0"]))
     assert (s.device, s.dtype, s.layer) == ("cpu", "float32", 2)
+
+
+def test_any_width_makes_a_gpt_with_heads_of_even_width(run):
+    """Rotation turns coordinates in pairs."""
+    for width in (16, 30, 52):
+        model, _ = pretrain(with_settings(run, width=width, pretrain_steps=2))
+        assert model.config.width == width and model.config.head_width % 2 == 0
+
+
+@pytest.mark.parametrize("flags, n", [([], 250), (["--seemingly=7"], 7), (["--narrow=true"], 250)])
+def test_refinement_has_as_many_seemingly_toxic_prompts_as_asked_for(flags, n, tmp_path, monkeypatch):
+    """And the suites stay what they are: only what refinement sees may differ."""
+    runs, whole = [], World(0).parts()
+    monkeypatch.setattr(train, "World", World)                               # not small_world's
+    monkeypatch.setattr(train, "run_seed", lambda run, results: runs.append(run))
+    train.run_all(parse([*flags, "--device=cpu", "--out", str(tmp_path)]))
+    parts = runs[0].parts
+    assert len(parts.seemingly) == n and parts.safe == whole.safe
+    assert (parts.seemingly == whole.seemingly[:n]) == (flags != ["--narrow=true"])
 
 
 def malformed(folder):
