@@ -110,8 +110,8 @@ class Settings:
         return torch.bfloat16 if frozen and self.dtype == "bfloat16" else torch.float32
 
     def fixed(self, stage=None):
-        """{name: value} of the settings in which all runs of one --out agree; or, of a stage, of
-        those that its model depends on. A base serves any refinement, tuning and evaluation."""
+        """{name: value} of the settings in which all runs of one --out agree, and so the models in
+        it. A "base" depends on those from init to pretrain_lr alone: it serves any other stage."""
         names = list(vars(self))
         if stage == "base":
             names = names[names.index("init"):names.index("layer")]
@@ -120,8 +120,7 @@ class Settings:
             free += ("kernel",)
         return {name: getattr(self, name) for name in names if name not in free}
 
-# The defaults with --init, chosen on development prompts with SmolLM2-135M (of blocks 10, 15 and 20
-# the last). A model that has read a lot needs few steps, and more refusals in them.
+# The defaults with --init, chosen on development prompts with SmolLM2-135M (see the README).
 REAL = dict(layer=0, refine_steps=60, refine_batch=24, refine_lr=3e-3, refine_lora=16, gamma=16.0,
             centre=True, keep=1.0, curve=False,
             tune_steps=40, tune_batch=16, tune_lr=2e-3, refusals=0.2, lora=16)
@@ -420,7 +419,8 @@ def finished(run, name, make):
         return model, read_json(folder / "log.json")
     model, log = make()
     write_json(folder / "log.json", log | origin(run.s.fixed(name), run.s.device))
-    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+                 "generation_config.json"):              # the last says which token ends an answer
         if run.s.init and (Path(run.s.init) / file).exists():            # ready to use elsewhere
             shutil.copy(Path(run.s.init) / file, folder)
     model.save_pretrained(folder)
@@ -585,7 +585,7 @@ def open_results(s):
         results = evaluation.read_results(Path(s.out))
         elsewhere = check_origin(path, results, s.fixed(), s.device) or elsewhere
     if elsewhere:
-        print(f"{s.out}: some of it was made elsewhere ({elsewhere}); numbers may differ a little")
+        print(f"{s.out}: some of it was made elsewhere, and stays as it is ({elsewhere})")
     return results
 
 def lock(out):
