@@ -188,9 +188,9 @@ def share(items, rng, **counts):
 class World:
     """The miniature world of one seed: which facts hold, and who is held out from what.
     Objects, rough actions, templates and fictions are dealt out, each list named after who sees it:
-        tuning        only safety tuning, in its toxic requests
-        refinement    only refinement
-        common        both (of objects and fictions there are none)
+        tuning        D_safe alone, the toxic requests of safety tuning
+        refinement    D_seemingly and D_toxic alone
+        common        all three (of objects and fictions there are none)
         dev, new      neither: new in the suites for choosing settings, or in those to report
     For general requests objects and mild actions are dealt out again: "rehearsed" ones tuning sees,
     "heldout" ones it does not. Pretraining covers everything: the base complies with all of it."""
@@ -214,7 +214,7 @@ class World:
         self.goes_with |= {action: list(classes) for action in mild}
 
         # Who is held out from what. Each of dev and new holds out one harmless class, of which no
-        # other split gets an object; three others are all of a narrow refinement's.
+        # other split gets an object; a narrow refinement gets three others and no more.
         harmless = [name for name in classes if name not in HARMABLE]
         self.classes = share(harmless, rng, dev=1, new=1, narrow=3)
         held = self.classes["dev"] + self.classes["new"]
@@ -638,7 +638,7 @@ def read_tokenizer(folder):
 def split_pattern(spec, folder):
     """The pattern that cuts text into pieces, by the `pre_tokenizer` of a tokenizer.json."""
     model = spec["model"]
-    normalizer = spec.get("normalizer") or {"type": "NFC"}  # none is as good, see load_tokenizer
+    normalizer = spec.get("normalizer") or {"type": "NFC"}  # none is as good, see read_tokenizer
     pre_tokenizer = spec.get("pre_tokenizer") or {"type": "None"}
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     types = [step["type"] for step in steps]
@@ -797,8 +797,8 @@ def read_prompts(path):
 # prompts, which is "benign" (seemingly toxic ones), "toxic" or "general".
 
 PUBLISHED = {           # a file as its authors call it, in lower case: (name, label)
-    "xstest_v2_prompts.csv": ("XSTest", "by row"),          # has both, see `read_prompts`
-    "xstest_prompts.csv": ("XSTest", "by row"),             # its name since 2025
+    "xstest_v2_prompts.csv": ("XSTest", "benign"),          # but for the rows that say otherwise
+    "xstest_prompts.csv": ("XSTest", "benign"),             # its name since 2025
     "or-bench-hard-1k.csv": ("OR-Bench", "benign"),
     "safety_only_data_instructions.json": ("SafetyTuned", "toxic"),
     "advbench_harmful_behaviors.csv": ("AdvBench", "toxic"),
@@ -866,9 +866,7 @@ def load(folder, is_refusal):
         name, file_label = label_of(path.name, any(e.toxic for e in examples))
         counts = Counter()
         for e in examples:
-            label = file_label
-            if file_label == "by row":
-                label = "toxic" if e.toxic else "benign"
+            label = "toxic" if e.toxic else file_label
             words = word_set(e.prompt)
             refuses = e.answer and is_refusal(e.answer) and not UNABLE.search(e.answer)
             if words in seen:
@@ -890,16 +888,17 @@ def load(folder, is_refusal):
     return dict(benchmarks)
 
 def label_of(filename, marked):
-    """(name, label) by a file's name, or "by row" if rows are marked, as XSTest's. ValueError if
-    that does not tell: a wrong guess would teach refusals to the wrong prompts."""
+    """(name, label) of a file by its name. If that does not tell, but rows are `marked` as toxic,
+    as in XSTest, the others are benign; else ValueError: a wrong guess would teach refusals to the
+    wrong prompts."""
     name, *marks = filename.split(".")                      # "mine.benign.csv": benign, csv
     if filename.lower() in PUBLISHED:
         return PUBLISHED[filename.lower()]
-    if marked:
-        return name, "by row"
     for mark in marks:
         if mark in ("benign", "toxic", "general"):
             return name, mark
+    if marked:
+        return name, "benign"
     raise ValueError(f"{filename}: what is in it? Call it {name}.benign, {name}.toxic or "
                      f"{name}.general with the same ending, or take it out of the folder")
 
@@ -938,7 +937,7 @@ def deal(benchmarks, seed):
     return dealt
 
 def assemble(benchmarks, dealt, seed, limit):
-    """The Parts of what was dealt. No held-out prompt is a near-duplicate of one that was used."""
+    """The Parts of what was dealt. No held-out prompt is much like a used one of its class."""
     pairs = shuffled(of_label(benchmarks, "general"), "general", seed)
     held_out = min(len(pairs) // 10, GENERAL_HELDOUT)
     general = pairs[held_out:held_out + GENERAL]

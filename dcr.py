@@ -31,7 +31,7 @@ from model import RMSNorm, last_states
 # ---- 1. The Circle loss --------------------------------------------------------------------------
 
 STRIP = 256                # anchors at a time on a CPU: with 4,096 others, 4 MB of cosines
-GPU_STRIP_PAIRS = 2 ** 27  # pairs at a time on a GPU, which wants more work at once: 0.5 GB
+GPU_STRIP_PAIRS = 2 ** 27  # pairs at a time on a GPU, which wants more at once: 0.5 GB a matrix
 
 def circle_loss(features, labels, margin=0.25, gamma=32.0):
     """The Circle loss of features (N, d) with integer labels (N,), a scalar (Sun et al. 2020).
@@ -160,15 +160,15 @@ def refinement_loss(model, base, prompts, labels, tokens, targets, mean, s):
                             +  keep * KL(base || model), general texts
 
     The first term is the paper's. The others are ours, they hold what is harmless where the base
-    has it. A cosine is blind to length: with the first term alone both classes of states are thrown
-    far out, and the tuning that follows joins them again. `train.refine` trains blocks 1 to l.
+    has it (`drift` and `forgetting` are below). A cosine is blind to length: with the first term
+    alone both classes are thrown far out, and the tuning that follows joins them again.
 
     model, base     the GPT that is refined, and the GPT from which it started
     prompts         lists of token ids, half of them of each class
     labels          (n,): 0 harmless, 1 toxic
     tokens, targets (B, T) general texts, from `data.collate`
-    mean            (width,) the base's mean state over all prompts of refinement: where the
-                    cosine has its origin (if s.centre), and from where sizes of states are measured
+    mean            (width,) the base's mean state over all prompts of refinement: the origin of
+                    the cosine (if s.centre), and of the sizes by which `drift` divides
     s               `train.Settings`; read here: layer, margin, gamma, centre, hold, still, keep"""
     l = s.layer
     states = last_states(model, prompts, l)                              # (n, width): h_x
@@ -179,7 +179,8 @@ def refinement_loss(model, base, prompts, labels, tokens, targets, mean, s):
         with torch.no_grad():
             base_states = last_states(base, prompts, l)
         loss = loss + s.hold * drift(states[harmless], base_states[harmless], mean)
-
+    if not (s.still or s.keep):
+        return loss
     inside = targets >= -1                                               # (B, T): not padding
     hidden = model(tokens, upto=l)                                       # (B, T, width)
     with torch.no_grad():
@@ -187,7 +188,7 @@ def refinement_loss(model, base, prompts, labels, tokens, targets, mean, s):
     if s.still:
         loss = loss + s.still * drift(hidden[inside], base_hidden[inside], mean)
     if s.keep:
-        logits = model.tail(hidden, l)[inside]                           # (tokens, vocabulary)
+        logits = model.tail(hidden, l)[inside]                           # (m, vocabulary)
         with torch.no_grad():
             base_logits = base.tail(base_hidden, l)[inside]
         loss = loss + s.keep * forgetting(logits, base_logits)
@@ -336,10 +337,10 @@ def kernel_norms(model, prompts):
     another quantity, so compare models within one kind."""
     if model.config.width <= 128 and not model.config.tied:
         return kernel(model, prompts).norms()
+    if model.lm_head.weight.dtype != torch.float32:                      # matrices in bf16
+        model = copy.deepcopy(model).float()
     def likeliest(h):
         return model.lm_head(model.norm(h)).topk(10).values              # (n, 10)
     blocks = model.config.blocks
-    if model.lm_head.weight.dtype != torch.float32:                      # matrices in bf16
-        model = copy.deepcopy(model).float()
     _, groups = gradient_products(model, prompts, blocks, likeliest, inside=model.layers[-4:])
     return torch.linalg.matrix_norm(sum(groups.values()))

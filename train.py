@@ -71,7 +71,7 @@ class Settings:
 
     layer: int = knob(3, "l: refinement shapes the states after this block; 0: two thirds up")
     seemingly: int = knob(0, "prompts of D_seemingly; 0: all of them, 250 as in the paper")
-    narrow: bool = knob(False, "a miniature D_seemingly and D_toxic of few actions and objects")
+    narrow: bool = knob(False, "few actions and objects in the world's D_seemingly and D_toxic")
     refine_steps: int = knob(300, "100 are too few on some seeds, 600 no better", 1)
     refine_batch: int = knob(32, "prompts a step, half of each class, and as many general texts", 4)
     refine_lr: float = knob(1e-3, "5e-4 does about as well", 1e-9)
@@ -458,8 +458,8 @@ def run_seed(run, results):
     def refined(name, settings, shuffled=False):
         return lambda base: refine(name, base, run, settings, shuffled)
 
-    # name: (made from what, how). -equal: as many extra rows as refinement reads; -first: then
-    # plain tuning; -paper: the paper's loss alone; -shuffled: refined with the classes mixed up
+    # name: (made from what, how); tables show those in eval.METHODS. -equal: as many extra rows as
+    # refinement reads; -first: then plain tuning; -paper: its loss alone; -shuffled: classes mixed
     recipes = {
         "base": (None, lambda _: pretrain(run)),
         "STL": ("base", tuned("STL")),

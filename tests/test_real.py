@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import train
-from data import (Example, apart_from, as_question, by_word, byte_letters, load_folder, load_tokenizer,
-                  read_prompts, word_set)
+from data import (Example, apart_from, as_question, by_word, byte_letters, load, load_folder,
+                  load_tokenizer, read_prompts, word_set)
 from model import GPT, GPTConfig
 
 # ------------------------------------------------------------------------------------------------------------
@@ -559,6 +559,17 @@ def test_rows_that_say_it_decide_whatever_the_file_is_called(tmp_path):
         parts = load_folder(folder, 0, is_refusal)
         benign = parts.seemingly + [e for halves in parts.suites.values() for e in halves.get("benign", [])]
         assert not any("contrast" in e.prompt for e in benign) and any("safe" in e.prompt for e in benign)
+
+
+def test_a_marked_row_is_toxic_and_the_others_are_what_the_name_says(tmp_path):
+    """One "unsafe" row once made all others of a file of toxic or of general prompts benign."""
+    rows = [{"prompt": prompt, "answer": "Yes.", "label": "other"} for prompt in prompts("mine", 30)]
+    rows[0]["label"] = "unsafe"
+    for label in ("toxic", "general", "benign"):
+        loaded = load(fill(tmp_path / label, {f"mine.{label}.json": rows}), is_refusal)
+        assert loaded.keys() == {("mine", "toxic"), ("mine", label)}
+        assert names(loaded["mine", "toxic"]) >= {"mine0x"}
+        assert names(loaded["mine", label]) >= names(prompts("mine", 30)) - {"mine0x"}
 
 
 def test_what_is_left_out_and_what_is_passed_over_is_said(tmp_path, capsys):

@@ -456,7 +456,8 @@ def test_another_environment_is_said_and_not_refused(small_world, finished, tmp_
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     monkeypatch.setattr(train.torch, "__version__", "9.9")
     train.main([*small_world, "--out", str(tmp_path)])
-    assert re.search(r"some of it was made elsewhere, and stays as it is \(torch was .*, is '9.9'\)", capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert re.search(r"some of it was made elsewhere, and stays as it is \(torch was .*, is '9.9'\)", said)
 
 
 @pytest.mark.parametrize("spoil, says", [
