@@ -519,8 +519,7 @@ def collate(sequences, device):
 # ---- 4. Files, and the tokenizers of real checkpoints --------------------------------------------
 
 def read_text(path):
-    """The text of a file, no byte order mark. ValueError if there is no such file, or a folder or
-    pipe of that name; if it is empty, over 1 GB or not UTF-8."""
+    """The text of a file, no byte order mark. ValueError: no file, empty, over 1 GB, not UTF-8."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; correct the path or fetch the file")

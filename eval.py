@@ -321,10 +321,9 @@ def tables(results):
     seeds = sorted({row["seed"] for row in results["rows"]})
     title = f"{results['settings']['split']} suites, mean over them, in percent; seeds "
     title += ", ".join(map(str, seeds))
-    if len(seeds) > 1:
-        title += "; median [least, most] over seeds"
     text = [title, method_table(results, methods)]
     if len(seeds) > 1:
+        text[0] += "; median [least, most] over seeds"
         text.append(difference_table(results, methods))
     text += [suite_table(results, methods), kernel_table(results, done)]
     return "\n\n".join(part for part in text if part) + "\n"
@@ -338,17 +337,21 @@ def method_table(results, methods):
     return markdown(columns)
 
 def difference_table(results, methods):
-    """Each method against plain tuning; those tuned on by somebody else, against DCR tuned on."""
-    lines = [["against", "method", "answers benign", "refuses toxic"]]
-    for method in methods:
-        rival = "DCR+later" if method.endswith("+later") else "STL"
-        if rival not in methods or method in (rival, "base"):
+    """Each method less plain tuning, DCR less each, and what tuning by somebody else changed."""
+    later = [method for method in methods if method.endswith("+later")]
+    first = [method for method in methods if method not in later]
+    pairs = [(method, "STL") for method in first] + [("DCR", method) for method in first]
+    pairs += [("DCR+later", method) for method in later]
+    pairs += [(method, method.removesuffix("+later")) for method in later]
+    lines = [["", "answers benign", "refuses toxic", "answers at 95 % defense"]]
+    for ours, theirs in dict.fromkeys(pairs):               # each once
+        if ours == theirs or "base" in (ours, theirs) or not {ours, theirs} <= set(methods):
             continue
-        line = [rival, method]
-        for what in (ANSWERED, REFUSED):
-            ours = values(results, method, *what)
-            theirs = values(results, rival, *what)      # of a run that was stopped, fewer seeds
-            line.append(paired(ours, theirs) if len(ours) == len(theirs) else "-")
+        line = [f"{ours} less {theirs}"]
+        for title in lines[0][1:]:
+            per_seed = [values(results, method, *COLUMNS[title][:3]) for method in (ours, theirs)]
+            whole = len(per_seed[0]) == len(per_seed[1])    # of a run that was stopped, fewer seeds
+            line.append(paired(*per_seed) if whole else "-")
         lines.append(line)
     return f"paired differences in points, 95 % intervals over seeds\n\n{markdown(zip(*lines))}"
 
@@ -381,8 +384,7 @@ def kernel_table(results, done):
     return f"kernel similarity of {min(counts.values())} prompts a class\n\n{markdown(zip(*lines))}"
 
 def show_examples(out):
-    """A few prompts of the first seed and each method's answer, as text, x where it is wrong; DCR's
-    errors first. "" if there are no responses."""
+    """Prompts of the first seed and all answers, x where wrong, DCR's errors first; "" if none."""
     answers = {}
     for folder in sorted(out.glob("seed-*/responses"))[:1]:
         paths = [folder / f"{method}.jsonl" for method in METHODS]

@@ -276,9 +276,8 @@ class Cache:
         return k, v, self.visible
 
 def last_states(model, prompts, l, cache=None):
-    """h_x of the paper, (n, width): the stream after block l at the last token of each of n prompts
-    (lists of ids). Shorter ones are padded on the right, which needs no mask: attention looks back.
-    Fills an empty `cache`."""
+    """h_x of the paper, (n, width): the stream after block l at the last token of n prompts, lists
+    of ids. Padding on the right needs no mask: attention looks back. Fills an empty `cache`."""
     tokens = pad_sequence([torch.tensor(ids) for ids in prompts], batch_first=True)        # (n, T)
     last = torch.tensor([len(ids) - 1 for ids in prompts])     # (n,)
     stream = model(tokens.to(model.cos.device), upto=l, cache=cache)       # (n, T, width)

@@ -382,15 +382,17 @@ def test_a_table_of_one_seed_shows_its_values_and_of_several_their_spread():
     assert cells_of(of_two)["STL"][0] == "15.0 [12.0, 18.0]"
 
 
-def test_methods_are_compared_with_plain_tuning_and_those_tuned_on_with_dcr_tuned_on():
+def test_methods_are_compared_with_plain_tuning_and_dcr_with_each_and_later_tuning_with_before():
     text = evaluation.tables(made_up((0, 3)))
     title, table = text.split("\n\n")[2:4]
     assert title == "paired differences in points, 95 % intervals over seeds"
     _, *lines = lines_of(table)
-    assert [line[:2] for line in lines] == [["STL", "STL-aug"], ["STL", "DCR-shuffled"], ["STL", "DCR"],
-                                            ["DCR+later", "STL-aug+later"]]
-    assert lines[0][2:] == ["+10.0 [10.0, 10.0]", "-10.0 [-10.0, -10.0]"]
-    assert lines[3][2:] == ["+10.0 [10.0, 10.0]", "-10.0 [-10.0, -10.0]"]
+    found = {line[0]: line[1:] for line in lines}
+    assert list(found) == ["STL-aug less STL", "DCR-shuffled less STL", "DCR less STL", "DCR less STL-aug",
+                           "DCR less DCR-shuffled", "DCR+later less STL-aug+later",
+                           "STL-aug+later less STL-aug", "DCR+later less DCR"]
+    assert found["STL-aug less STL"][:2] == ["+10.0 [10.0, 10.0]", "-10.0 [-10.0, -10.0]"]
+    assert found["DCR+later less STL-aug+later"][:2] == ["-10.0 [-10.0, -10.0]", "+10.0 [10.0, 10.0]"]
     assert "paired" not in evaluation.tables(made_up())                             # nothing to compare
 
 
