@@ -134,11 +134,11 @@ Quinn Rosa Simon Tara""".split()
 
 PRETRAINING = {             # kind of text: per cent of the pretraining texts
     "request": 27,          # with its answer: the base complies with everything
-    "judgement": 3,         # "Would that hurt anyone?": harm is seen where a prompt ends
-    "remark": 15,           # plain text on how a request sounds and whether it hurts
+    "judgement": 1,         # "Would that hurt anyone?": little of it, see `World.remark`
+    "remark": 15,           # plain text on how a request sounds: tone is seen where a prompt ends
     "apology": 5,           # to what nobody can know: else the base could not say "Sorry"
     "definition": 8,        # rough words in questions that hurt nobody
-    "fact": 42,             # the most: place and keeper of each object must be learned by heart
+    "fact": 44,             # the most: place and keeper of each object must be learned by heart
 }
 
 def cells(table):
@@ -263,9 +263,9 @@ class World:
         return Example(f"{e.prompt} Would that hurt anyone?", answer)
 
     def remark(self, e, tone):
-        """Plain text that says how a request sounds and what it does."""
-        harm = "cruel, it hurts" if e.toxic else "fine, nobody is hurt"
-        return f"Someone asks: {e.prompt} It sounds {tone} and it is {harm}."
+        """Plain text that says how a request sounds. It does not say whether anyone is hurt: bases
+        that read much about harm may know it where a prompt ends, and then STL hardly errs."""
+        return f"Someone asks: {e.prompt} It sounds {tone}."
 
     def draw(self, rng, actions, objects, templates, contexts, toxic=None):
         """A request that makes sense, in a context or none; toxic=None takes either class. None if
