@@ -257,6 +257,15 @@ print(hashlib.sha256(repr((parts, ids)).encode()).hexdigest())
 """
 
 
+def test_the_base_reads_how_requests_sound_and_hardly_what_they_do(whole):
+    """Bases that read much about harm know it where a prompt ends, and plain tuning hardly over-refuses them."""
+    remarks = [text for text in whole.pretraining if isinstance(text, str) and text.startswith("Someone asks: ")]
+    assert 0.13 < len(remarks) / len(whole.pretraining) < 0.17
+    assert all(re.search(r"It sounds (rough|mild)\.$", remark) for remark in remarks)
+    on_harm = [text for text in whole.pretraining if not isinstance(text, str) and "hurt" in text.prompt]
+    assert 0 < len(on_harm) / len(whole.pretraining) < 0.02
+
+
 def test_a_world_follows_from_its_seed_alone():
     """Sets of strings come in another order in each process; were one iterated, no run could be repeated."""
     def digest(seed, hashing):
