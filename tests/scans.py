@@ -1,22 +1,29 @@
-"""SCANS, a rival that steers (Cao et al. 2024, arXiv 2408.11491), measured on the STL models of a run.
+"""SCANS, a rival that steers (Cao et al. 2024, arXiv 2408.11491), on the STL models of a run.
 
-    python tests/scans.py OUT                        OUT: what `python train.py --methods STL --out OUT` left
-    python tests/scans.py OUT_DEV --grid             choose settings, on a run with --split development
+    python tests/scans.py OUT                    OUT: what python train.py --methods STL left there
+    python tests/scans.py OUT_DEV --grid         choose settings, on runs with --split development
 
-SCANS changes no weight. It decides for each prompt whether that is harmful, and adds a vector to the states of
-the middle blocks, towards refusals or away from them, while the answer is written. So it leaves no checkpoint
-that another stage could go on from; hence a script, and no method of train.py. After block l, with prompts that
-refinement may use too for anchors, 64 plainly harmful (D_toxic) and 64 plainly harmless ones (general):
+SCANS changes no weight. It judges each prompt harmful or harmless, and while the answer is written
+adds a vector to the states of the middle blocks: towards refusals, or away from them. So it leaves
+no checkpoint from which another stage could go on; hence a script, and no method of train.py.
+Anchors, prompts that training has at hand: 64 plainly harmful ones (D_toxic), 64 plainly harmless
+ones (general). With h_l the state after block l at the last token of a prompt, q a prompt:
 
-    v_l     = unit(mean of harmful h_l - mean of harmless h_l)          h_l at the last token of a prompt
-    t_l(q)  = h_l(last token of q) - h_l("Sure" after q)                what the prompt says about its answer
-    s(q)    = mean over the upper two thirds of the blocks of cos(t_l(q), mean of t_l over harmful anchors)
+    v_l     = unit(mean h_l of harmful anchors - mean h_l of harmless ones)
+    n_l     = mean |h_l| of all anchors
+    t_l(q)  = h_l of q - h_l of q with the answer's first token, "Sure"
+    s(q)    = mean over the upper two thirds of the blocks of cos(t_l(q), T_l)
+    T_l     = mean t_l of harmful anchors
     h_l    <- h_l + alpha n_l v_l if s(q) >= threshold, else h_l - alpha n_l v_l
 
-at the last token of the prompt and at all that follow, in the middle third of the blocks. The authors' alpha
-belongs to models of other sizes; here it is in units of n_l, the mean length of the anchors' states."""
+in the middle third of the blocks, at the prompt's last token and all that follow. A block counts to
+a third in which it lies in part: of 4 blocks 2 and 3 steer, 2, 3 and 4 judge. The authors' alpha,
+3.5 to 4, is in the units of their models' states; n_l makes it a share of the length of ours."""
 import argparse
+import contextlib
 import dataclasses
+import itertools
+import math
 import sys
 from pathlib import Path
 
@@ -26,178 +33,247 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import eval as evaluation                                              # noqa: E402 (after the path is set)
-import train                                                           # noqa: E402
-from data import World, world_chat, write_json                         # noqa: E402
-from model import GPT, last_states                                     # noqa: E402
+import eval as evaluation                        # noqa: E402  (after the path is set)
+import train                                     # noqa: E402
+from data import World, world_chat, write_json   # noqa: E402
+from model import GPT, last_states               # noqa: E402
 
 ANCHORS = 64
-ALPHAS = (0.25, 0.5, 1.0)                   # tried with --grid
-THRESHOLDS = (0.95, 0.97, 0.98, 0.985, 0.99)
+ALPHAS = (0.1, 0.25, 0.5, 1.0)                    # tried with --grid
+THRESHOLDS = (0.9, 0.95, 0.97, 0.98, 0.985, 0.99)
+SHOWN = ("answers benign", "refuses toxic", "AUC", "answers at 95 % defense", "general accuracy")
+TOLERANCE = 2                                    # points: another machine rounds differently
 
 
 class SCANS:
-    """What is computed once for a model: vectors v_l and lengths n_l of the blocks to steer, {l: ...}; the
-    mean transitions T_l of the blocks that tell harmful from harmless prompts."""
+    """What is computed once for a model: v_l and n_l of the blocks that steer, T_l of those that
+    judge, as {l: ...}."""
 
     @torch.no_grad()
     def __init__(self, model, chat, parts):
         self.model = model
         self.chat = chat
-        self.begins = chat.prompt("")[-1]                    # the token that ends every prompt
+        self.begins = chat.prompt("")[-1]                        # the token that ends every prompt
         blocks = model.config.blocks
-        self.tells = range(blocks - 2 * blocks // 3, blocks + 1)             # of 4 blocks: 2, 3 and 4
-        self.steers = range(blocks // 3 + 1, 2 * blocks // 3 + 2)            # of 4 blocks: 2 and 3
-        toxic = [e.prompt for e in parts.toxic[:ANCHORS]]
-        general = [e.prompt for e in parts.general[:ANCHORS]]
+        first = blocks // 3 + 1
+        self.steers = range(first, math.ceil(2 * blocks / 3) + 1)
+        self.judges = range(first, blocks + 1)
+        harmful = [e.prompt for e in parts.toxic[:ANCHORS]]
+        harmless = [e.prompt for e in parts.general[:ANCHORS]]
         self.v = {}
         self.n = {}
         for l in self.steers:
-            harmful = last_states(model, self.ids(toxic), l)                 # (64, width)
-            harmless = last_states(model, self.ids(general), l)
-            self.v[l] = F.normalize(harmful.mean(0) - harmless.mean(0), dim=0)
-            self.n[l] = torch.cat([harmful, harmless]).norm(dim=1).mean()
-        self.T = {l: self.transitions(toxic, l).mean(0) for l in self.tells}
+            up = last_states(model, self.ids(harmful), l)        # (64, width)
+            down = last_states(model, self.ids(harmless), l)
+            self.v[l] = F.normalize(up.mean(0) - down.mean(0), dim=0)        # (width,)
+            self.n[l] = torch.cat([up, down]).norm(dim=1).mean()
+        self.T = {l: self.transitions(harmful, l).mean(0) for l in self.judges}
 
-    def ids(self, prompts):
-        return [self.chat.prompt(prompt) for prompt in prompts]
+    def ids(self, prompts, then=""):
+        return [self.chat.prompt(prompt) + self.chat.ids(then) for prompt in prompts]
 
     def transitions(self, prompts, l):
-        """t_l of each prompt, (n, width)."""
-        sure = self.chat.ids("Sure")
-        at_end = last_states(self.model, self.ids(prompts), l)
-        after = last_states(self.model, [ids + sure for ids in self.ids(prompts)], l)
-        return at_end - after
+        """t_l of n prompts, (n, width)."""
+        before = last_states(self.model, self.ids(prompts), l)
+        after = last_states(self.model, self.ids(prompts, then="Sure"), l)
+        return before - after
 
     @torch.no_grad()
     def score(self, prompts):
-        """s(q) of each prompt, (n,): the more, the more harmful."""
-        by_block = [F.cosine_similarity(self.transitions(prompts, l), self.T[l]) for l in self.tells]
-        return torch.stack(by_block).mean(0)
+        """s(q) of n prompts, (n,): the higher, the more harmful."""
+        cosines = [F.cosine_similarity(self.transitions(prompts, l), self.T[l])
+                   for l in self.judges]
+        return torch.stack(cosines).mean(0)                      # (judging blocks, n) -> (n,)
 
+    @contextlib.contextmanager
     def steered(self, alpha):
-        """Hooks that steer every prompt by alpha, negative for away from refusals. Returns them, to remove."""
-        def where(_, inputs):
-            tokens = inputs[0]                                               # (B, T)
-            self.after = (tokens == self.begins).cumsum(1) > 0               # from a prompt's last token on
-            if not self.after.any():                                         # an answer goes on: all of it
-                self.after = torch.ones_like(self.after)
+        """While it lasts all prompts are steered: towards refusals; with alpha below 0, away."""
+        def locate(_, inputs, keywords):
+            tokens = inputs[0]                                   # (B, T)
+            cache = keywords.get("cache")
+            if cache is None or cache.end == 0:                  # reads prompts: from their end on
+                self.due = (tokens == self.begins).cumsum(1) > 0             # (B, T)
+            else:                                                # reads answers: everywhere
+                self.due = torch.ones_like(tokens, dtype=torch.bool)
 
         def add(l):
-            def hook(_, inputs, stream):
-                return stream + alpha * self.n[l] * self.v[l] * self.after[:, :, None]
-            return hook
+            return lambda _, inputs, stream: stream + self.due[:, :, None] * shift[l]
 
-        hooks = [self.model.register_forward_pre_hook(where)]
-        for l in self.steers:
-            hooks.append(self.model.layers[l - 1].register_forward_hook(add(l)))
-        return hooks
-
-    def responses(self, asked, alpha, threshold, max_new):
-        """As in eval.evaluate: a dict for each of `asked`, [(suite, kind, Example)]."""
-        prompts = [e.prompt for _, _, e in asked]
-        harmful = self.score(prompts) >= threshold                           # (n,)
-        found = [None] * len(asked)
-        for judged, sign in ((True, 1), (False, -1)):
-            places = (harmful == judged).nonzero()[:, 0].tolist()
-            chosen = [prompts[i] for i in places]
-            hooks = self.steered(sign * alpha)
-            try:
-                said = evaluation.respond(self.model, self.chat, chosen, max_new)
-                probability = evaluation.refusal_probability(self.model, self.chat, chosen).tolist()
-            finally:
-                for hook in hooks:
-                    hook.remove()
-            for i, text, p in zip(places, said, probability):
-                suite, kind, e = asked[i]
-                found[i] = {"suite": suite, "kind": kind, "prompt": e.prompt, "answer": e.answer,
-                            "response": text, "refusal_probability": p}
-        return found
+        shift = {l: alpha * self.n[l] * self.v[l] for l in self.steers}      # (width,) each
+        hooks = [self.model.register_forward_pre_hook(locate, with_kwargs=True)]
+        hooks += [self.model.layers[l - 1].register_forward_hook(add(l)) for l in self.steers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
-def questions(parts):
-    """What eval.evaluate asks: [(suite, kind, Example)]."""
-    asked = []
-    for suite, halves in (parts.suites | {"general": {"general": parts.general_heldout}}).items():
-        for kind, examples in halves.items():
-            asked += [(suite, kind, e) for e in examples]
-    return asked
+def responses(steering, run, alpha):
+    """What eval.evaluate finds with all prompts steered by alpha."""
+    with steering.steered(alpha):
+        _, found = evaluation.evaluate(steering.model, run.chat, run.parts, run.s)
+    return found
 
 
-def rows_of(steering, asked, alpha, threshold, max_new, **whose):
-    responses = steering.responses(asked, alpha, threshold, max_new)
-    rows = evaluation.rate_rows(responses) + evaluation.threshold_rows(responses)
-    return [whose | row for row in rows]
+def merge(up, down, harmful):
+    """Of two passes over the same prompts each response from the one that its prompt calls for."""
+    merged = []
+    for upward, downward, judged in zip(up, down, harmful, strict=True):
+        if judged:
+            merged.append(upward)
+        else:
+            merged.append(downward)
+    return merged
 
 
-def loaded(out):
-    """[(seed, SCANS, questions)] of the STL models in `out`, and the settings of the run."""
-    results = evaluation.read_results(out)
-    names = {field.name for field in dataclasses.fields(train.Settings)}
-    known = {name: value for name, value in results["settings"].items() if name in names}
-    s = train.Settings(**known)
-    if s.init:
-        raise ValueError(f"{out}: made with --init; this script is for the miniature world")
+def rows_of(found, method, seed):
+    """Rows as in results.json."""
+    rows = evaluation.rate_rows(found) + evaluation.threshold_rows(found)
+    return [{"method": method, "seed": seed} | row for row in rows]
+
+
+def columns(rows, method):
+    """One value a seed of each column in SHOWN, in per cent, (columns, seeds)."""
     found = []
-    for folder in sorted(out.glob("seed-*")):
-        if (folder / "STL" / "config.json").exists():
-            seed = int(folder.name.removeprefix("seed-"))
-            parts = World(seed).parts(s.suite, s.narrow)
-            if s.split == "development":
-                parts = dataclasses.replace(parts, suites=parts.dev)
-            model = GPT.from_pretrained(folder / "STL")
-            found.append((seed, SCANS(model, world_chat(parts), parts), questions(parts)))
+    for title in SHOWN:
+        metric, kind, suite, scale, _ = evaluation.COLUMNS[title]
+        per_seed = evaluation.values({"rows": rows}, method, metric, kind, suite)
+        found.append(scale * np.array(per_seed))
+    return np.stack(found)
+
+
+def stl_models(out):
+    """[(folder, settings, seed, stored rows)] of the STL models in a folder of train.py."""
+    results = evaluation.read_results(out)
+    settings = results["settings"]
+    if settings.get("init"):
+        raise ValueError(f"{out}: made with --init; this script knows the miniature world alone")
+    names = {field.name for field in dataclasses.fields(train.Settings)}
+    known = {name: value for name, value in settings.items() if name in names}
+    s = train.Settings(**known | {"kernel": 0})                  # nor are kernels measured here
+    stored = [row for row in results["rows"] if row["method"] == "STL"]
+    found = []
+    for seed in sorted({row["seed"] for row in stored}):
+        folder = out / f"seed-{seed}" / "STL"
+        if (folder / "config.json").exists():
+            found.append((folder, s, seed, [row for row in stored if row["seed"] == seed]))
     if not found:
-        raise ValueError(f"{out}: no STL model; make it with python train.py --methods STL --out {out}")
-    return found, s
+        raise ValueError(f"{out}: no STL model; make it with python train.py --methods STL "
+                         f"--out {out}")
+    return found
 
 
-def grid(found, s):
-    """For every alpha and threshold: answered, refused and general accuracy, means over seeds, in percent."""
-    print("alpha  threshold   answers benign  refuses toxic  general accuracy")
-    for alpha in ALPHAS:
-        for threshold in THRESHOLDS:
-            rows = []
-            for seed, steering, asked in found:
-                rows += rows_of(steering, asked, alpha, threshold, s.max_new, method="SCANS", seed=seed)
-            shown = []
-            for title in ("answers benign", "refuses toxic", "general accuracy"):
-                per_seed = evaluation.values({"rows": rows}, "SCANS", *evaluation.COLUMNS[title][:3])
-                shown.append(f"{100 * np.mean(per_seed):12.1f}")
-            print(f"{alpha:5.3f}{threshold:10.2f}   {'   '.join(shown)}", flush=True)
+def measure(models, alphas, thresholds):
+    """Rows of STL, and {(alpha, threshold): rows of SCANS}, of all seeds. ValueError if STL's are
+    not those stored: in another version of the world words have other ids, and all is nonsense."""
+    stl = []
+    scans = {pair: [] for pair in itertools.product(alphas, thresholds)}
+    for folder, s, seed, stored in models:
+        parts = World(seed).parts(s.suite, s.narrow)             # as in train.run_all
+        if s.split == "development":
+            parts = dataclasses.replace(parts, suites=parts.dev)
+        run = train.Run(s, seed, folder.parent, parts, world_chat(parts))
+        steering = SCANS(GPT.from_pretrained(folder), run.chat, parts)
+        found = responses(steering, run, 0.0)
+        rows = rows_of(found, "STL", seed)
+        if np.abs(columns(rows, "STL") - columns(stored, "STL")).max() > TOLERANCE:
+            raise ValueError(f"{folder}: measured now it differs from results.json; use the "
+                             "version of the code that made it, or make it anew")
+        stl += rows
+        scores = steering.score([r["prompt"] for r in found])    # (n,)
+        show_scores(seed, found, scores)
+        for alpha in alphas:                                     # steered once for all thresholds
+            up = responses(steering, run, alpha)
+            down = responses(steering, run, -alpha)
+            for threshold in thresholds:
+                merged = merge(up, down, scores >= threshold)
+                scans[alpha, threshold] += rows_of(merged, "SCANS", seed)
+    return stl, scans
+
+
+def show_scores(seed, found, scores):
+    """Does s(q) tell toxic from benign? Where 90 % of each kind lie."""
+    line = f"seed {seed}, s(q) from 5 to 95 %:"
+    for kind in ("general", "benign", "toxic"):
+        of_kind = torch.tensor([r["kind"] == kind for r in found])           # (n,)
+        low, high = np.quantile(scores[of_kind], (0.05, 0.95))
+        line += f"  {kind} {low:.3f} to {high:.3f}"
+    print(line, flush=True)
+
+
+def table(title, lines):
+    """`lines` are pairs: two labels, and the values of SHOWN."""
+    cells = [[*title, *SHOWN]]
+    for labels, values in lines:
+        cells.append([*labels, *[f"{value:.1f}" for value in values]])
+    return evaluation.markdown(zip(*cells))
+
+
+def by_seed(seeds, rows):
+    """A line a seed and method, then the medians over seeds."""
+    lines = []
+    for i, seed in enumerate(seeds):
+        for method in ("STL", "SCANS"):
+            lines.append(((str(seed), method), columns(rows, method)[:, i]))
+    for method in ("STL", "SCANS"):
+        lines.append((("median", method), np.median(columns(rows, method), 1)))
+    return table(("seed", "method"), lines)
+
+
+def grid(stl, scans):
+    """STL, then SCANS, a line a pair of settings: means over seeds."""
+    lines = [(("STL", ""), columns(stl, "STL").mean(1))]
+    for (alpha, threshold), rows in scans.items():
+        lines.append(((f"{alpha:g}", f"{threshold:g}"), columns(rows, "SCANS").mean(1)))
+    return table(("alpha", "threshold"), lines)
+
+
+def choose(outs, seeds):
+    """The STL models of these folders, or of these seeds alone, in order of seeds."""
+    models = sum(map(stl_models, outs), [])
+    if seeds:
+        models = [model for model in models if model[2] in seeds]
+    models.sort(key=lambda model: model[2])
+    there = [seed for _, _, seed, _ in models]
+    for seed in seeds or there:
+        if there.count(seed) != 1:
+            raise ValueError(f"seed {seed}: {there.count(seed)} STL models of it in the folders "
+                             "given; give one")
+    return models
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, nargs="+", help="folders of train.py, with STL models")
-    parser.add_argument("--alpha", type=float, default=0.5, help="[0.5] how far to steer, in mean lengths")
-    parser.add_argument("--threshold", type=float, default=0.8, help="[0.8] of s(q), from which a prompt is harmful")
-    parser.add_argument("--grid", action="store_true", help="try many settings, on development suites")
+    parser.add_argument("--seed", type=int, nargs="+", help="these seeds alone")
+    parser.add_argument("--alpha", type=float, default=0.5,
+                        help="[0.5] how far to steer, in mean lengths of states")
+    parser.add_argument("--threshold", type=float, default=0.97,
+                        help="[0.97] s(q) of a harmful prompt, at least; D_toxic lies above")
+    parser.add_argument("--grid", action="store_true", help="try many settings")
     parser.add_argument("--json", type=Path, help="write rows, as in results.json, to this file")
     given = parser.parse_args(argv)
-    found = []
-    for out in given.out:
-        of_out, s = loaded(out)
-        found += of_out
+    for value in (given.alpha, given.threshold):
+        if not math.isfinite(value):
+            raise ValueError(f"{value}: --alpha and --threshold are finite numbers")
+    models = choose(given.out, given.seed)
+    splits = sorted({s.split for _, s, _, _ in models})
+    if given.grid and splits != ["development"]:
+        raise ValueError("--grid is for runs with --split development: choose settings there")
+    print(f"{' and '.join(splits)} suites, mean over them, in percent")
     if given.grid:
-        if s.split != "development":
-            raise ValueError(f"{given.out[-1]}: --grid is for runs with --split development; choose there")
-        grid(found, s)
+        stl, scans = measure(models, ALPHAS, THRESHOLDS)
+        print(f"\n{grid(stl, scans)}")
         return
-    rows = []
-    for seed, steering, asked in found:
-        rows += rows_of(steering, asked, 0.0, given.threshold, s.max_new, method="STL", seed=seed)
-        rows += rows_of(steering, asked, given.alpha, given.threshold, s.max_new, method="SCANS", seed=seed)
-    table = [["method", "STL", "SCANS"]]
-    for title, (metric, kind, suite, scale, digits) in evaluation.COLUMNS.items():
-        per_method = [evaluation.values({"rows": rows}, method, metric, kind, suite) for method in table[0][1:]]
-        if all(per_method):
-            table.append([title, *(evaluation.spread(per_seed, scale, digits) for per_seed in per_method)])
-    seeds = ", ".join(str(seed) for seed, *_ in found)
-    print(f"{s.split} suites, seeds {seeds}\n\n{evaluation.markdown(table)}")
+    stl, scans = measure(models, [given.alpha], [given.threshold])
+    rows = stl + scans[given.alpha, given.threshold]
+    print(f"\n{by_seed([seed for _, _, seed, _ in models], rows)}")
     if given.json:
-        settings = {"alpha": given.alpha, "threshold": given.threshold} | s.fixed()
-        write_json(given.json, train.origin(settings, "cpu") | {"rows": rows})
+        settings = {"alpha": given.alpha, "threshold": given.threshold} | models[0][1].fixed()
+        results = train.origin(settings, "cpu") | {"rows": rows, "curves": []}
+        write_json(given.json, results)
 
 
 if __name__ == "__main__":
