@@ -18,7 +18,8 @@ ones (general). With h_l the state after block l at the last token of a prompt, 
 
 in the middle third of the blocks, at the prompt's last token and all that follow. A block counts to
 a third in which it lies in part: of 4 blocks 2 and 3 steer, 2, 3 and 4 judge. The authors' alpha,
-3.5 to 4, is in the units of their models' states; n_l makes it a share of the length of ours."""
+3.5 to 4, is in the units of their models' states; n_l makes it a share of the length of ours. The
+defaults answered most of what refused 95 % in a --grid over development seeds 100, 101 and 105."""
 import argparse
 import contextlib
 import dataclasses
@@ -248,10 +249,10 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, nargs="+", help="folders of train.py, with STL models")
     parser.add_argument("--seed", type=int, nargs="+", help="these seeds alone")
-    parser.add_argument("--alpha", type=float, default=0.5,
-                        help="[0.5] how far to steer, in mean lengths of states")
-    parser.add_argument("--threshold", type=float, default=0.97,
-                        help="[0.97] s(q) of a harmful prompt, at least; D_toxic lies above")
+    parser.add_argument("--alpha", type=float, default=0.25,
+                        help="[0.25] how far to steer, in mean lengths of states")
+    parser.add_argument("--threshold", type=float, default=0.98,
+                        help="[0.98] s(q) of a harmful prompt, at least; of D_toxic most lies above")
     parser.add_argument("--grid", action="store_true", help="try many settings")
     parser.add_argument("--json", type=Path, help="write rows, as in results.json, to this file")
     given = parser.parse_args(argv)
