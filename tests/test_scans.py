@@ -174,7 +174,7 @@ def test_the_command_prints_each_seed_and_the_median_and_writes_rows(
         tmp_path, plain, model, monkeypatch, capsys):
     monkeypatch.setattr(World, "parts", lambda *_: plain.parts)
     made(tmp_path, plain, model)
-    scans.main([str(tmp_path), "--seed", "0", "--json", str(tmp_path / "scans.json")])
+    scans.main([str(tmp_path), "--seed", "0", "--alpha", "0.5", "--json", str(tmp_path / "scans.json")])
     printed = capsys.readouterr().out
     for seed in ("0     ", "median"):
         for method in ("STL  ", "SCANS"):
