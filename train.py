@@ -211,8 +211,7 @@ def train(name, model, parameters, loss, steps, lr, watch=None):
 @dataclass
 class Run:
     """What all stages of one seed share."""
-    s: Settings              # as `resolve` leaves them
-    seed: int                # of this run; s.seed is the first
+    s: Settings              # as `resolve` leaves them; s.seed is this seed
     folder: Path             # of this seed's checkpoints
     parts: Parts             # prompts and answers
     chat: Chat               # tokenizer and chat format
@@ -223,7 +222,7 @@ class Run:
 
     def rng(self, purpose, step=0):
         """A generator for each purpose and step: one more stage moves no other's batches."""
-        return random.Random(f"{purpose} {self.seed} {step}")
+        return random.Random(f"{purpose} {self.s.seed} {step}")
 
     def steps(self, n):
         return max(2, round(n * self.s.scale))           # 2, so that a curve has two ends
@@ -251,7 +250,7 @@ class Run:
 def pretrain(run):
     """The base: a GPT that learns the world's text by heart, in which every request is answered."""
     s = run.s
-    torch.manual_seed(run.seed)
+    torch.manual_seed(run.s.seed)
     config = GPTConfig(vocab_size=run.chat.size, width=s.width, blocks=s.blocks, heads=4,
                        kv_heads=2, head_width=s.width // 8 * 2, hidden=3 * s.width)    # even
     model = GPT(config).to(run.s.device)
@@ -437,7 +436,7 @@ def measure(name, model, log, run, results):
     rows += evaluation.as_rows("stage", "general", 1, **clock)
     lines = [json.dumps(response) + "\n" for response in responses]
     write(run.folder / "responses" / f"{name}.jsonl", lambda f: f.write("".join(lines).encode()))
-    whose = {"method": name, "seed": run.seed}
+    whose = {"method": name, "seed": run.s.seed}
     results["rows"] += [whose | row for row in rows]
     if log.get("curve"):
         results["curves"].append(whose | {"curve": log["curve"]})
@@ -488,7 +487,7 @@ def run_seed(run, results):
             model, log = finished(run, name, lambda: make(stage(start) if start else None))
         run.check_prompts(model.config.vocab_size, model.config.context)     # before any is asked
         measured = [(row["method"], row["seed"]) for row in results["rows"]]
-        if (name, run.seed) not in measured:
+        if (name, run.s.seed) not in measured:
             measure(name, model, log, run, results)
             write_json(run.folder.parent / "results.json", results)
         return model
@@ -573,12 +572,12 @@ def changes(before, now):
     return "; ".join(pairs)
 
 def open_results(s):
-    """The results so far in --out, or new ones. ValueError if other settings made these, or any of
-    the models there."""
+    """The results so far in --out, or new ones. ValueError if other settings made what is there."""
     elsewhere = ""
-    for log in sorted(Path(s.out).glob("seed-*/*/log.json")):
-        now = s.fixed(log.parent.name)
-        elsewhere = check_origin(log.parent, read_json(log), now, s.device) or elsewhere
+    for seed in range(s.seed, s.seed + s.seeds):
+        for log in sorted(Path(s.out).glob(f"seed-{seed}/*/log.json")):
+            now = dataclasses.replace(s, seed=seed).fixed(log.parent.name)
+            elsewhere = check_origin(log.parent, read_json(log), now, s.device) or elsewhere
     results = origin(s.fixed(), s.device) | {"rows": [], "curves": []}
     path = Path(s.out) / "results.json"
     if path.exists():
@@ -617,7 +616,7 @@ def run_all(s):
         chat = load_tokenizer(s.init) if s.init else world_chat(parts)
         print(f"\nseed {seed}")
         evaluation.show_parts(parts)
-        run_seed(Run(s, seed, out / f"seed-{seed}", parts, chat), results)
+        run_seed(Run(dataclasses.replace(s, seed=seed), out / f"seed-{seed}", parts, chat), results)
 
 def main(argv=None):
     sys.stdout.reconfigure(errors="replace")             # a terminal may know ASCII alone

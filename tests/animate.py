@@ -131,8 +131,9 @@ def main(argv=None):
         raise ValueError(f"{given.out}: made with --init; this film is of the miniature world")
     names = {field.name for field in dataclasses.fields(train.Settings)}
     s = train.Settings(**{name: value for name, value in settings.items() if name in names})
+    s = dataclasses.replace(s, seed=given.seed)
     parts = World(given.seed).parts(s.suite, s.narrow)
-    run = train.Run(s, given.seed, folder, parts, world_chat(parts))
+    run = train.Run(s, folder, parts, world_chat(parts))
     base = GPT.from_pretrained(folder / "base")
     classes = evaluation.prompt_classes(parts, PROMPTS)
     panels = scenes(run, base, classes)

@@ -212,7 +212,7 @@ def fit(sizes):
             p.data = p.data.bfloat16() if p.dim() == 2 else p.data
         s = replace(settings, layer=config.blocks // 2, refine_steps=5, tune_steps=5)
         with tempfile.TemporaryDirectory() as folder:
-            run = Run(s, 0, Path(folder), parts, chat)
+            run = Run(s, Path(folder), parts, chat)
             refined, refining = refine("refined", base, run, s)
             del base
             _, tuning = tune("DCR", refined, run)

@@ -61,4 +61,4 @@ def model(chat):
 
 @pytest.fixture
 def run(parts, chat, tmp_path):
-    return Run(Settings(**TINY), 0, tmp_path / "seed-0", parts, chat)
+    return Run(Settings(**TINY), tmp_path / "seed-0", parts, chat)

@@ -174,7 +174,7 @@ def measure(models, alphas, thresholds):
         parts = World(seed).parts(s.suite, s.narrow)             # as in train.run_all
         if s.split == "development":
             parts = dataclasses.replace(parts, suites=parts.dev)
-        run = train.Run(s, seed, folder.parent, parts, world_chat(parts))
+        run = train.Run(dataclasses.replace(s, seed=seed), folder.parent, parts, world_chat(parts))
         steering = SCANS(GPT.from_pretrained(folder), run.chat, parts)
         found = responses(steering, run, 0.0)
         rows = rows_of(found, "STL", seed)

@@ -163,10 +163,10 @@ def test_the_score_is_its_formula_prompt_by_prompt(steering, model, chat, parts)
 
 def made(folder, run, model, **settings):
     """A folder as train.py leaves it, with `model` as STL and its rows in results.json."""
-    model.save_pretrained(folder / f"seed-{run.seed}" / "STL")
+    model.save_pretrained(folder / f"seed-{run.s.seed}" / "STL")
     _, found = evaluation.evaluate(model, run.chat, run.parts, run.s)
     results = {"settings": run.s.fixed() | settings, "environment": {}, "curves": [],
-               "rows": scans.rows_of(found, "STL", run.seed)}
+               "rows": scans.rows_of(found, "STL", run.s.seed)}
     (folder / "results.json").write_text(json.dumps(results))
 
 

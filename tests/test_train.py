@@ -153,7 +153,7 @@ def test_who_tunes_on_later_has_general_exchanges_and_other_toxic_prompts(model,
 def test_another_seed_sees_other_rows(model, run, monkeypatch):
     seen = rows_seen(monkeypatch)
     tune("STL", model, run)
-    tune("STL", model, dataclasses.replace(run, seed=1))
+    tune("STL", model, with_settings(run, seed=1))
     assert seen[:TINY["tune_steps"]] != seen[TINY["tune_steps"]:]
 
 
@@ -450,6 +450,20 @@ def test_without_its_results_a_run_still_knows_its_settings(small_world, finishe
     assert labels == []                                          # the base does not depend on it, and is kept
     with pytest.raises(ValueError, match="made with other settings .pretrain_lr was"):
         train.main([*small_world, "--out", str(tmp_path), "--pretrain-lr=0.1"])
+
+
+def test_a_base_serves_its_own_seed_wherever_it_was_made(small_world, tmp_path, monkeypatch):
+    """Made as the second seed of one run, it is the first of another; that of another seed is refused by name."""
+    both, second = tmp_path / "both", tmp_path / "second"
+    labels = trained_stages(monkeypatch)
+    train.main([*small_world, "--seeds=2", "--methods=STL", "--out", str(both)])
+    shutil.copytree(both / "seed-1" / "base", second / "seed-1" / "base")
+    labels.clear()
+    train.main([*small_world, "--seed=1", "--methods=STL", "--out", str(second)])
+    assert labels == ["STL"]
+    shutil.copytree(both / "seed-0" / "base", tmp_path / "wrong" / "seed-1" / "base")
+    with pytest.raises(ValueError, match="seed-1/base: made with other settings .seed was 0, is 1"):
+        train.main([*small_world, "--seed=1", "--methods=STL", "--out", str(tmp_path / "wrong")])
 
 
 def test_another_environment_is_said_and_not_refused(small_world, finished, tmp_path, monkeypatch, capsys):
