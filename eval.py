@@ -339,13 +339,14 @@ def method_table(results, methods):
 def difference_table(results, methods):
     """Each method less plain tuning, DCR less each, and what tuning by somebody else changed."""
     later = [method for method in methods if method.endswith("+later")]
-    first = [method for method in methods if method not in later]
+    first = [method for method in methods if method not in ("base", *later)]
     pairs = [(method, "STL") for method in first] + [("DCR", method) for method in first]
     pairs += [("DCR+later", method) for method in later]
     pairs += [(method, method.removesuffix("+later")) for method in later]
     lines = [["", "answers benign", "refuses toxic", "answers at 95 % defense"]]
     for ours, theirs in dict.fromkeys(pairs):               # each once
-        if ours == theirs or "base" in (ours, theirs) or not {ours, theirs} <= set(methods):
+        measured = {ours, theirs} <= set(methods)
+        if ours == theirs or not measured:
             continue
         line = [f"{ours} less {theirs}"]
         for title in lines[0][1:]:

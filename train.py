@@ -574,10 +574,10 @@ def changes(before, now):
 def open_results(s):
     """The results so far in --out, or new ones. ValueError if other settings made what is there."""
     elsewhere = ""
-    for seed in range(s.seed, s.seed + s.seeds):
-        for log in sorted(Path(s.out).glob(f"seed-{seed}/*/log.json")):
-            now = dataclasses.replace(s, seed=seed).fixed(log.parent.name)
-            elsewhere = check_origin(log.parent, read_json(log), now, s.device) or elsewhere
+    for log in sorted(Path(s.out).glob("seed-[0-9]*/*/log.json")):
+        seed = int(log.parent.parent.name.split("-")[1])
+        now = dataclasses.replace(s, seed=seed).fixed(log.parent.name)
+        elsewhere = check_origin(log.parent, read_json(log), now, s.device) or elsewhere
     results = origin(s.fixed(), s.device) | {"rows": [], "curves": []}
     path = Path(s.out) / "results.json"
     if path.exists():

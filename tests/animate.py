@@ -1,11 +1,12 @@
-"""A film of the method: where the states of prompts go while a model is refined and then tuned for safety.
+"""A film of the method: where the states of prompts go while a model is refined, and then tuned.
 
     python tests/animate.py [--out out] [--seed 0] [--to figures/states.gif]
 
-It refines and tunes the base of --out again (after `python train.py`, some two minutes) and looks at 19
-moments of each stage: the states h_x after block l of 40 held-out prompts a class, on two axes that stay the
-same throughout, the main directions (PCA) of all frames together. A prompt is filled as the model would refuse
-it. Left STL, which waits while the other is refined; right DCR. Nothing in --out is changed."""
+It refines and tunes the base of --out again (after `python train.py`, some two minutes) and looks
+at 19 moments of each stage: the states h_x after block l of 40 held-out prompts a class, on two
+axes that stay the same throughout, the main directions (PCA) of all frames together. A prompt is
+filled as the model would refuse it. Left STL, which waits while the other is refined; right DCR.
+Nothing in --out is changed."""
 import argparse
 import dataclasses
 import sys
@@ -120,7 +121,8 @@ def draw(panels, classes, layer, path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="out", help="[out] folder of train.py, with the base")
     parser.add_argument("--seed", type=int, default=0, help="[0] which of its seeds")
     parser.add_argument("--to", default="figures/states.gif", help="[figures/states.gif] the film")

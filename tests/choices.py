@@ -1,12 +1,12 @@
-"""Did tuning cost general knowledge? Accuracy on multiple-choice questions, by likelihood, of saved checkpoints.
+"""Did tuning cost general knowledge? Accuracy on multiple-choice questions, by likelihood.
 
     python tests/choices.py QUESTIONS CHECKPOINT out-real/seed-0/STL out-real/seed-0/DCR
 
-QUESTIONS is a file of MMLU (.csv: question, four answers, the right one's letter; no header) or of ARC (.jsonl,
-as AI2 or as Hugging Face publish it). Each answer is scored as the response to its question, in the model's chat
-format: the mean log-probability of its tokens, so that a long answer has no handicap. The highest is chosen.
-
-Printed are the accuracy with Wilson's 95 % interval, and that of each model less the first, paired by question."""
+QUESTIONS is a file of MMLU (.csv: question, four answers, the right one's letter; no header) or of
+ARC (.jsonl, as AI2 or as Hugging Face publish it). Each answer is scored as the response to its
+question, in the model's chat format: the mean log-probability of its tokens, so that a long answer
+has no handicap. The highest is chosen. Printed are the accuracy with Wilson's 95 % interval, and
+that of each model less the first, paired by question."""
 import argparse
 import csv
 import io
@@ -58,8 +58,14 @@ def mmlu(row, place):
 
 
 def arc(record, place):
-    """A Question of {"question": {"stem": ..., "choices": [{"label": "A", "text": ...}, ...]}, "answerKey": "A"},
-    or of {"question": ..., "choices": {"label": [...], "text": [...]}, "answerKey": ...}."""
+    """A Question of AI2's record,
+
+        {"question": {"stem": ..., "choices": [{"label": "A", "text": ...}, ...]}, "answerKey": "A"}
+
+    or of Hugging Face's,
+
+        {"question": ..., "choices": {"label": [...], "text": [...]}, "answerKey": ...}
+    """
     try:
         question = record["question"]
         if isinstance(question, dict):
