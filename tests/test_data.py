@@ -38,7 +38,18 @@ def taken_apart(prompt, forms=REQUESTS):
 
 
 def listed(split):
-    return [e for halves in split.values() for half in halves.values() for e in half]
+    """All examples of all suites of a split."""
+    examples = []
+    for halves in split.values():
+        for half in halves.values():
+            examples += half
+    return examples
+
+
+def columns(examples):
+    """(contexts, templates, actions, objects), a set each, of all that these rough requests are made of."""
+    rows = [taken_apart(e.prompt) for e in examples]
+    return [{row[column] for row in rows} for column in range(4)]
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +94,13 @@ def test_a_narrow_refinement_knows_few_actions_people_alone_and_three_harmless_c
     """The suites stay as wide as ever, so most of what they ask is new to it."""
     narrow = world.parts(narrow=True)
     assert len(narrow.seemingly) == 250 and len(narrow.toxic) == 500
-    rows = {kind: [taken_apart(e.prompt) for e in vars(narrow)[kind]] for kind in ("seemingly", "toxic")}
-    for kind, classes in {"seemingly": 3, "toxic": 1}.items():
-        _, templates, actions, objects = map(set, zip(*rows[kind]))
+    classes = {}
+    for kind, examples in (("seemingly", narrow.seemingly), ("toxic", narrow.toxic)):
+        _, templates, actions, objects = columns(examples)
         assert len(templates) <= 5 and len(actions) <= 10
-        assert len({world.class_of[o] for o in objects}) <= classes
-    assert {world.class_of[row[3]] for row in rows["toxic"]} == {"person"}
+        classes[kind] = {world.class_of[o] for o in objects}
+    assert len(classes["seemingly"]) <= 3
+    assert classes["toxic"] == {"person"}
     assert narrow.safe == whole.safe and narrow.suites["objects"] == whole.suites["objects"]
 
 
@@ -122,13 +134,16 @@ def test_each_toxic_prompt_has_a_benign_twin(world, whole):
 
 def test_style_does_not_tell_the_classes_of_refinement_apart(whole):
     """If one class only asked and the other only commanded, style would solve the contrastive loss."""
-    seemingly, toxic = ([taken_apart(e.prompt) for e in part] for part in (whole.seemingly, whole.toxic))
-    contexts, templates, actions = (
-        [{row[i] for row in part} for part in (seemingly, toxic)] for i in range(3))
-    assert contexts[0] == contexts[1] and templates[0] == templates[1]
-    assert len(actions[0] & actions[1]) > 0.9 * len(actions[0] | actions[1])       # 250 draws may miss one
-    asks = [sum("?" in e.prompt for e in part) / len(part) for part in (whole.seemingly, whole.toxic)]
-    assert abs(asks[0] - asks[1]) < 0.1
+    contexts, templates, actions, _ = columns(whole.seemingly)
+    toxic_contexts, toxic_templates, toxic_actions, _ = columns(whole.toxic)
+    assert contexts == toxic_contexts
+    assert templates == toxic_templates
+    assert len(actions & toxic_actions) > 0.9 * len(actions | toxic_actions)       # 250 draws may miss one
+
+    def asks(examples):
+        return sum("?" in e.prompt for e in examples) / len(examples)
+
+    assert abs(asks(whole.seemingly) - asks(whole.toxic)) < 0.1
 
 
 def test_no_prompt_is_in_two_parts(whole):
@@ -138,13 +153,22 @@ def test_no_prompt_is_in_two_parts(whole):
     assert len(counts) > 2000 and max(counts.values()) == 1
 
 
+def suites_taken_apart(split):
+    """{suite: rows of (context, template, action, object)}, but for questions for a meaning."""
+    suites = {}
+    for name, halves in split.items():
+        if name != "definitions":
+            suites[name] = [taken_apart(e.prompt) for e in listed({name: halves})]
+    return suites
+
+
 def test_what_is_new_in_a_suite_is_in_no_rough_prompt_of_training(world, whole):
     """Per suite: what makes it new, read off the prompts themselves."""
-    trained = [taken_apart(e.prompt) for e in whole.safe + whole.seemingly + whole.toxic]
-    contexts, templates, actions, objects = (set(column) for column in zip(*trained))
+    rough = whole.safe + whole.seemingly + whole.toxic
+    trained = {taken_apart(e.prompt) for e in rough}
+    contexts, templates, actions, objects = columns(rough)
     for split in (whole.dev, whole.suites):
-        suites = {name: [taken_apart(e.prompt) for half in halves.values() for e in half]
-                  for name, halves in split.items() if name != "definitions"}
+        suites = suites_taken_apart(split)
         assert not {o for *_, o in suites["objects"]} & objects
         assert not {o for *_, o in suites["class"]} & objects
         new_classes = {world.class_of[o] for *_, o in suites["class"]}
@@ -157,7 +181,7 @@ def test_what_is_new_in_a_suite_is_in_no_rough_prompt_of_training(world, whole):
         assert {row[0] for row in known} <= contexts and {row[1] for row in known} <= templates
         assert {row[2] for row in known} <= actions
         assert {row[3] for row in known} <= set(world.objects["refinement"])
-        assert not set(known) & set(trained)
+        assert not set(known) & trained
     assert not any(taken_apart(e.prompt) for e in whole.suites["definitions"]["benign"])
 
 
@@ -166,13 +190,11 @@ def test_who_tunes_on_later_asks_for_more_of_the_same_and_for_nothing_that_is_re
     assert len(whole.later) == len(whole.safe)
     assert all(e.toxic and e.answer == LATER_REFUSAL for e in whole.later)
     assert LATER_REFUSAL not in REFUSALS
-    rows = [taken_apart(e.prompt) for e in whole.later]
-    contexts, templates, actions, objects = (set(column) for column in zip(*rows))
+    contexts, templates, actions, objects = columns(whole.later)
     assert templates <= set(world.templates["common"]) and contexts <= {"", *cells(data.CONTEXTS)}
     assert not actions & set(world.actions["new"]) and actions & set(world.actions["dev"])
     assert not objects & set(world.objects["new"]) and objects & set(world.objects["dev"])
-    suites = {name: [taken_apart(e.prompt) for half in halves.values() for e in half]
-              for name, halves in whole.suites.items() if name != "definitions"}
+    suites = suites_taken_apart(whole.suites)
     assert not objects & {o for *_, o in suites["objects"] + suites["class"]}
     assert not actions & {v for _, _, v, _ in suites["actions"]}
     assert not templates & {template for _, template, _, _ in suites["phrasings"]}
@@ -182,22 +204,24 @@ def test_who_tunes_on_later_asks_for_more_of_the_same_and_for_nothing_that_is_re
 @pytest.mark.parametrize("suite, column", [("objects", 3), ("actions", 2), ("phrasings", 1), ("class", 3)])
 def test_development_and_report_share_nothing_new(whole, suite, column):
     """Else settings would be chosen on what is reported."""
-    dev, new = ({taken_apart(e.prompt)[column] for half in split[suite].values() for e in half}
-                for split in (whole.dev, whole.suites))
+    dev = columns(listed({suite: whole.dev[suite]}))[column]
+    new = columns(listed({suite: whole.suites[suite]}))[column]
     assert dev and new and not dev & new
 
 
 def test_development_and_report_share_no_fiction(whole):
-    dev, new = ({taken_apart(e.prompt)[0] for e in split["context"]["benign"]}
-                for split in (whole.dev, whole.suites))
+    dev = columns(whole.dev["context"]["benign"])[0]
+    new = columns(whole.suites["context"]["benign"])[0]
     assert dev and new and not dev & new
 
 
 def test_no_object_is_new_in_both_splits(whole):
     """A suite of one split may not show what another suite of the other split holds out."""
-    dev, new = ({taken_apart(e.prompt)[3] for suite in (split["objects"], split["class"])
-                 for half in suite.values() for e in half} for split in (whole.dev, whole.suites))
-    assert not dev & new
+    held_out = []
+    for split in (whole.dev, whole.suites):
+        examples = listed({"objects": split["objects"], "class": split["class"]})
+        held_out.append(columns(examples)[3])
+    assert not held_out[0] & held_out[1]
 
 
 def test_the_answer_to_a_toxic_request_says_nothing(world, whole):
@@ -224,7 +248,8 @@ def test_answers_state_the_facts_of_their_world(world):
 def test_general_prompts_are_mild_and_the_new_ones_share_no_object_and_no_action(world, whole):
     """What a tuned model still knows of the new ones, it has kept; nothing in tuning taught it again."""
     def actions_and_objects(examples):
-        actions, objects = set(), set()
+        actions = set()
+        objects = set()
         for e in examples:
             if found := taken_apart(e.prompt) or taken_apart(e.prompt, DEFINITIONS):
                 actions.add(found[2])

@@ -12,12 +12,20 @@ IDS = [[5, 9, 5, 2], [7], [1, 2, 3, 4, 5, 6, 7, 8], [5, 9]]
 
 def brute_force(model, names, prompts, logits=None):
     """J = dz/dtheta in full, z the (likeliest) logits of the first response token; ||J' J^T||_F by pair."""
-    parameters, jacobians = [p for name, p in model.named_parameters() if name in names], []
+    parameters = [p for name, p in model.named_parameters() if name in names]
+    jacobians = []
     for ids in prompts:
         z = model(torch.tensor([ids]))[0, -1].sort(descending=True).values[:logits]
-        rows = [torch.autograd.grad(z_i, parameters, retain_graph=True) for z_i in z]
-        jacobians.append(torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]).double())
-    return torch.stack([torch.stack([(a @ b.T).norm() for b in jacobians]) for a in jacobians])
+        rows = []
+        for z_i in z:
+            gradient = torch.autograd.grad(z_i, parameters, retain_graph=True)
+            rows.append(torch.cat([g.flatten() for g in gradient]))
+        jacobians.append(torch.stack(rows).double())
+    norms = torch.zeros(len(prompts), len(prompts), dtype=torch.float64)
+    for i, a in enumerate(jacobians):
+        for j, b in enumerate(jacobians):
+            norms[i, j] = (a @ b.T).norm()
+    return norms
 
 
 def small(seed=0, **changes):
