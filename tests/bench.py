@@ -49,9 +49,10 @@ SMOLLM2 = GPTConfig(vocab_size=49152, width=576, blocks=30, heads=9, kv_heads=3,
 # The works. Each case is (name, repeats, {who: make}); make() -> a function that does the work once.
 
 def circle(quick):
-    sizes = {"cpu": [256, 1024] if quick else [256, 1024, 4096],
-             "cuda": [1024, 4096] if quick else [1024, 4096, 16384, 65536]}[DEVICE]
+    sizes = {"cpu": [256, 1024, 4096], "cuda": [1024, 4096, 16384, 65536]}[DEVICE]
     widths = {"cpu": (64, 576), "cuda": (64, 1024)}[DEVICE]
+    if quick:
+        sizes = sizes[:2]
     for d in widths:
         for N in sizes:
             def features():
@@ -65,12 +66,13 @@ def circle(quick):
 
             def theirs():
                 from pytorch_metric_learning.losses import CircleLoss
-                (x, labels), loss = features(), CircleLoss(m=0.25, gamma=32)
+                x, labels = features()
+                loss = CircleLoss(m=0.25, gamma=32)
                 return lambda: torch.autograd.grad(loss(x, labels), x)
 
             def products():                      # one for the similarities, one for either side's gradient
-                (x, _), rows = features(), 4096
-                x = x.detach()
+                x = features()[0].detach()
+                rows = 4096
 
                 def work():
                     for i in range(0, N, rows):
@@ -101,7 +103,9 @@ def step(quick):
             "cuda": {"small GPT": (SMALL, 512), "SmolLM2-135M": (SMOLLM2, 64)}}[DEVICE]
     run = SimpleNamespace(s=SimpleNamespace(device=DEVICE), autocast=lambda: torch.autocast(
         DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"))
-    for name, (config, B) in list(many.items())[:1 if quick else 2]:
+    if quick:
+        del many["SmolLM2-135M"]
+    for name, (config, B) in many.items():
         T = 24 if config is SMALL else 128
         rectangle = torch.randint(1, config.vocab_size, (B, T + 1))
         shapes = [(T // 2 + 5 * i % T + 4, T // 3 + 3 * i % T // 2) for i in range(B)]
@@ -146,8 +150,12 @@ def step(quick):
 
 
 def generation(quick):
-    lengths, new = [8 + 5 * i % 33 for i in range(64)], 32
-    for name, config in (("small GPT", SMALL), ("SmolLM2-135M", SMOLLM2))[:1 if quick else 2]:
+    lengths = [8 + 5 * i % 33 for i in range(64)]
+    new = 32
+    networks = {"small GPT": SMALL, "SmolLM2-135M": SMOLLM2}
+    if quick:
+        del networks["SmolLM2-135M"]
+    for name, config in networks.items():
         def prompts():
             generator = torch.Generator().manual_seed(0)
             return [torch.randint(1, config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
@@ -159,7 +167,8 @@ def generation(quick):
 
         def theirs():
             torch.manual_seed(0)
-            model, longest = llama(config).eval(), max(lengths)
+            model = llama(config).eval()
+            longest = max(lengths)
             ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts()], device=DEVICE)
             mask = torch.tensor([[0] * (longest - n) + [1] * n for n in lengths], device=DEVICE)
             return lambda: model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False)
@@ -169,7 +178,8 @@ def generation(quick):
 
 def kernels(quick):
     torch.manual_seed(0)
-    lengths, model = [5 + i % 9 for i in range(15)], GPT(SMALL).to(DEVICE)
+    lengths = [5 + i % 9 for i in range(15)]
+    model = GPT(SMALL).to(DEVICE)
     prompts = [torch.randint(1, 1536, (n,)).tolist() for n in lengths]
 
     def jacobian(ids):
@@ -195,7 +205,8 @@ def fit(sizes):
     """Does it fit the card? Peak memory and time of the stages as `train.py --init` runs them, on random
     models of Qwen2.5's shapes, with prompts of 50 tokens and answers of 65: matrices in bf16, LoRA twice."""
     world = World(0).parts(4)
-    chat, rng = world_chat(world), random.Random(0)
+    chat = world_chat(world)
+    rng = random.Random(0)
     objects = [o for members in World(0).members.values() for o in members]
 
     def examples(n):
@@ -269,12 +280,14 @@ def memory(section, name, who, work):
 def measure(section, quick):
     """Rows {work, who: {seconds, bytes}} of all cases of a section."""
     for name, repeats, cases in SECTIONS[section](quick):
-        works, times = {}, {}
+        works = {}
+        times = {}
         for who, make in cases.items():
             if find_spec(NEEDS.get(who, "torch")) is None:
                 print(f"{who} is not installed: skipped", file=sys.stderr)
                 continue
-            works[who], times[who] = make(), []
+            works[who] = make()
+            times[who] = []
             try:
                 for _ in range(1 if repeats < 5 else 3):                                       # warm-up
                     works[who]()
@@ -293,7 +306,8 @@ def table(rows):
     for row in rows:
         peers = [who for who in row if who not in ("work", "ours")]
         for who in peers:
-            ours, theirs = row["ours"], row[who]
+            ours = row["ours"]
+            theirs = row[who]
             held = ["-" if x["bytes"] is None else f"{x['bytes'] / 2 ** 20:,.0f} MB" for x in (ours, theirs)]
             lines.append(f"| {row['work']} | {1000 * ours['seconds']:,.1f} ms | "
                          f"{1000 * theirs['seconds']:,.1f} ms ({who}) | "
@@ -320,16 +334,23 @@ def main():
              "threads": torch.get_num_threads(), "torch": torch.__version__,
              **{name: version(name) for name, module in NEEDS.items() if find_spec(module)}}
     print(", ".join(f"{key} {value}" for key, value in found.items()))
+
+    def measured():
+        if args.fit:
+            yield from fit(args.fit)
+        else:
+            for section in args.only:
+                yield from measure(section, args.quick)
+
     rows = []
-    for section in ["fit"] if args.fit else args.only:
-        for row in fit(args.fit) if args.fit else measure(section, args.quick):
-            rows.append(row)
-            if args.fit:
-                print(row)
-            if args.out:                                               # what is measured is kept
-                part = Path(args.out + ".part")
-                part.write_text(json.dumps({**found, "rows": rows}, indent=1))
-                part.replace(args.out)
+    for row in measured():
+        rows.append(row)
+        if args.fit:
+            print(row)
+        if args.out:                                                   # what is measured is kept
+            part = Path(args.out + ".part")
+            part.write_text(json.dumps({**found, "rows": rows}, indent=1))
+            part.replace(args.out)
     if not args.fit:
         print(table(rows))
 

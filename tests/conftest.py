@@ -25,8 +25,9 @@ TINY = dict(width=16, blocks=2, layer=1, pretrain_steps=6, pretrain_batch=8, ref
 
 def cut(parts):
     """The same parts with fewer examples in each."""
-    suites = {name: {half: examples[:4] for half, examples in halves.items()}
-              for name, halves in parts.suites.items() if name in ("combinations", "class", "context")}
+    suites = {}
+    for name in ("combinations", "class", "context"):
+        suites[name] = {half: examples[:4] for half, examples in parts.suites[name].items()}
     return dataclasses.replace(
         parts, pretraining=parts.pretraining[:600], general=parts.general[:60], safe=parts.safe[:30],
         general_heldout=parts.general_heldout[:8], seemingly=parts.seemingly[:20], toxic=parts.toxic[:40],

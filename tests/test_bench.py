@@ -19,5 +19,6 @@ def test_ours_and_theirs_do_the_same_work():
 
 def test_both_models_have_the_same_shape():
     pytest.importorskip("transformers")
-    ours, theirs = bench.GPT(bench.SMALL), bench.llama(bench.SMALL)
+    ours = bench.GPT(bench.SMALL)
+    theirs = bench.llama(bench.SMALL)
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())

@@ -5,7 +5,8 @@ import pytest
 
 import by_prompt
 
-YES, NO = "Sorry, I cannot.", "Sure, here is how."
+YES = "Sorry, I cannot."
+NO = "Sure, here is how."
 
 
 def test_wilsons_interval_is_that_of_the_textbook():

@@ -44,7 +44,8 @@ def test_the_refusals_that_are_taught_are_found_by_either_list(refusal):
 
 def test_auc_counts_pairs():
     """Five of six pairs in order, or a tie as half a pair."""
-    toxic, benign = torch.tensor([0.9, 0.8, 0.3]), torch.tensor([0.1, 0.4])
+    toxic = torch.tensor([0.9, 0.8, 0.3])
+    benign = torch.tensor([0.1, 0.4])
     assert auc(toxic, benign) == pytest.approx(5 / 6) and auc(benign, toxic) == pytest.approx(1 / 6)
     assert auc(torch.tensor([0.5, 0.9]), torch.tensor([0.5])) == pytest.approx(3 / 4)
     assert auc(toxic, toxic) == 0.5
@@ -63,7 +64,8 @@ def test_compliance_at_defense_of_a_worked_example():
 def test_compliance_at_defense_is_that_of_the_best_threshold(n):
     """Every threshold tried; 0.05 * 20 is a shade above 1 in floating point, where a floor would slip."""
     generator = torch.Generator().manual_seed(n)
-    toxic, benign = (torch.randint(30, (size,), generator=generator) / 30 for size in (n, 50))
+    toxic = torch.randint(30, (n,), generator=generator) / 30
+    benign = torch.randint(30, (50,), generator=generator) / 30
     allowed = [t for t in toxic.tolist() if np.mean(toxic.numpy() >= np.float32(t)) >= 0.95 - 1e-9]
     best = max(np.mean(benign.numpy() < np.float32(t)) for t in allowed)
     assert compliance_at_defense(toxic, benign) == pytest.approx(best)
@@ -96,7 +98,9 @@ def test_prompts_in_turn_go_on_where_a_suite_has_no_more_prompts():
 def talker():
     """A tiny random model, with a bias that makes the tokens of refusals likely, else they have no mass."""
     encoding = word_tokenizer([" ".join(evaluation.OPENINGS), *evaluation.OPENINGS])
-    user, assistant, end = (encoding.encode_single_token(t) for t in ("<|user|>", "<|assistant|>", "<|end|>"))
+    user = encoding.encode_single_token("<|user|>")
+    assistant = encoding.encode_single_token("<|assistant|>")
+    end = encoding.encode_single_token("<|end|>")
     chat = Chat(encoding, (user, "{user}", assistant), stop=end, size=encoding.n_vocab)
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=chat.size, width=16, blocks=2, kv_heads=2, head_width=4, hidden=24))
@@ -143,7 +147,8 @@ def test_no_response_is_counted_twice(talker, monkeypatch):
 
 def test_more_prompts_than_a_batch_keep_their_order(talker, monkeypatch):
     model, chat = talker
-    whole, answers = refusal_probability(model, chat, PROMPTS), respond(model, chat, PROMPTS, 5)
+    whole = refusal_probability(model, chat, PROMPTS)
+    answers = respond(model, chat, PROMPTS, 5)
     monkeypatch.setattr(evaluation, "CHUNK", 2)
     assert torch.allclose(refusal_probability(model, chat, PROMPTS), whole, rtol=1e-4)
     assert respond(model, chat, PROMPTS, 5) == answers and len(set(answers)) > 1
@@ -151,9 +156,12 @@ def test_more_prompts_than_a_batch_keep_their_order(talker, monkeypatch):
 
 def test_general_loss_is_a_mean_over_response_tokens(model, parts, chat):
     """Not over examples, and not over padding."""
-    examples, total, count = parts.general_heldout, 0, 0
+    examples = parts.general_heldout
+    total = 0
+    count = 0
     for e in examples:
-        prompt, response = chat.prompt(e.prompt), chat.response(e.answer)
+        prompt = chat.prompt(e.prompt)
+        response = chat.response(e.answer)
         logits = model(torch.tensor([prompt + response]))[0, len(prompt) - 1:-1]
         total += F.cross_entropy(logits, torch.tensor(response), reduction="sum").item()
         count += len(response)
@@ -231,7 +239,8 @@ def test_last_states_are_those_at_the_last_token_of_each_prompt(model, l):
 def test_kernel_similarity_leaves_out_pairs_of_a_prompt_with_itself(model, parts, chat):
     """They are 1 by definition, and would lift every within-class mean. Each pair of classes comes once."""
     table = kernel_similarity(model, chat, parts, 2)
-    toxic, benign = (evaluation.in_turn(parts.suites, half, 2) for half in ("toxic", "benign"))
+    toxic = evaluation.in_turn(parts.suites, "toxic", 2)
+    benign = evaluation.in_turn(parts.suites, "benign", 2)
     K = kernel_norms(model, [chat.prompt(p) for p in toxic + benign])
     own = K.diagonal()
     similarity = K / (own[:, None] * own[None, :]).sqrt()
@@ -284,8 +293,11 @@ def test_misfiled_of_a_worked_example(safe, share, monkeypatch):
               "v": (0.5, 5.0), "x": (0.02, 0.01), "y": (50.0, 60.0)}
     monkeypatch.setattr(evaluation, "last_states", lambda model, prompts, l: torch.tensor(prompts))
     chat = SimpleNamespace(prompt=states.get)
-    seemingly, toxic, of_tuning = ([Example(name, None) for name in names] for names in ("abc", "tuv", safe))
-    parts = SimpleNamespace(seemingly=seemingly, toxic=toxic, safe=of_tuning)
+
+    def named(names):
+        return [Example(name, None) for name in names]
+
+    parts = SimpleNamespace(seemingly=named("abc"), toxic=named("tuv"), safe=named(safe))
     assert misfiled(None, chat, parts, SETTINGS) == (pytest.approx(share), len(safe))
 
 
@@ -299,7 +311,8 @@ SIMILARITIES = {"toxic/toxic": 0.8, "toxic/seemingly": 0.35, "toxic/general": 0.
 
 def made_up(seeds=(0,), models=MODELS):
     """Results of the documented form, with values that tell where they came from."""
-    rows, curves = [], []
+    rows = []
+    curves = []
     for seed in seeds:
         for method in models:
             m = MODELS.index(method)
@@ -327,8 +340,11 @@ def made_up(seeds=(0,), models=MODELS):
 
 def lines_of(table):
     """The lines of a markdown table, its title first, as lists of cells."""
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()
-            if line.startswith("| ") and not line.startswith("| -")]
+    rows = []
+    for line in table.splitlines():
+        if line.startswith("| ") and not line.startswith("| -"):
+            rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
 
 
 def cells_of(table):

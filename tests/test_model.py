@@ -50,7 +50,8 @@ def test_logits_are_those_of_transformers(kind, changes, tmp_path):
     peer.save_pretrained(tmp_path)
     tokens = some_tokens(2, 40)
     with torch.no_grad():
-        expected, ours = peer(tokens).logits, GPT.from_pretrained(tmp_path)(tokens)
+        expected = peer(tokens).logits
+        ours = GPT.from_pretrained(tmp_path)(tokens)
     assert expected.std() > 0.5 and torch.allclose(ours, expected, atol=1e-4)
 
 
@@ -63,7 +64,8 @@ def test_rotary_depends_only_on_the_distance():
 
 
 def test_a_later_token_leaves_earlier_logits_unchanged():
-    model, tokens = tiny(), some_tokens(1, 12)
+    model = tiny()
+    tokens = some_tokens(1, 12)
     before = model(tokens)
     tokens[0, 8] = (tokens[0, 8] + 1) % 50
     after = model(tokens)
@@ -72,7 +74,8 @@ def test_a_later_token_leaves_earlier_logits_unchanged():
 
 
 def test_under_autocast_the_residual_stream_stays_fp32():
-    model, seen = tiny(), []
+    model = tiny()
+    seen = []
     for block in model.layers:
         block.mlp.down_proj.register_forward_hook(lambda m, x, y: seen.append(y.dtype))
     with torch.autocast("cpu", torch.bfloat16):
@@ -85,12 +88,14 @@ def test_under_autocast_the_residual_stream_stays_fp32():
 
 @pytest.mark.parametrize("l", [0, 1, 2, 3])
 def test_tail_of_the_stream_after_block_l_is_the_model(l):
-    model, tokens = tiny(), some_tokens(2, 12)
+    model = tiny()
+    tokens = some_tokens(2, 12)
     assert torch.equal(model.tail(model(tokens, upto=l), since=l), model(tokens))
 
 
 def test_tail_after_the_last_block_takes_single_positions():
-    model, tokens = tiny(), some_tokens(2, 12)
+    model = tiny()
+    tokens = some_tokens(2, 12)
     hidden = model(tokens, upto=3)
     assert torch.allclose(model.tail(hidden[:, 5], since=3), model(tokens)[:, 5], atol=1e-5)
     assert torch.allclose(model.tail(hidden[0, 5], since=3), model(tokens)[0, 5], atol=1e-5)
@@ -104,7 +109,8 @@ def above(model, l):
 @pytest.mark.parametrize("l", [0, 1, 2, 3])
 def test_upto_l_computes_nothing_above_block_l(l):
     """Every later parameter is NaN; one touch and the stream would be NaN too."""
-    model, tokens = tiny(), some_tokens(2, 12)
+    model = tiny()
+    tokens = some_tokens(2, 12)
     clean = model(tokens, upto=l)
     for p in above(model, l):
         p.data.fill_(float("nan"))
@@ -199,7 +205,8 @@ def test_batched_generation_is_plain_generation_token_for_token():
 
 
 def test_generation_ends_when_all_rows_have_stopped():
-    model, steps = tiny(), []
+    model = tiny()
+    steps = []
     model.norm.register_forward_hook(lambda m, x, y: steps.append(len(y)))
     first = generate_plain(model, PROMPTS[:1], 1, stop=-1)[0][0]
     steps.clear()
@@ -208,7 +215,8 @@ def test_generation_ends_when_all_rows_have_stopped():
 
 def test_neither_padding_nor_neighbours_change_an_answer():
     """Rows are padded with token 0. In no prompt or answer here, it may as well have another embedding."""
-    model, prompts = tiny(), [[max(i, 1) for i in prompt] for prompt in PROMPTS]
+    model = tiny()
+    prompts = [torch.tensor(prompt).clamp(min=1).tolist() for prompt in PROMPTS]
     together = generate(model, prompts, 12, stop=-1)
     assert together == [generate(model, [prompt], 12, stop=-1)[0] for prompt in prompts]
     assert not any(0 in answer for answer in together)
@@ -261,8 +269,10 @@ def test_a_saved_model_comes_back_to_the_bit(changes, tmp_path):
 
 @pytest.mark.parametrize("changes", VARIANTS)
 def test_transformers_and_safetensors_read_what_we_save(changes, tmp_path):
-    transformers, safetensors = pytest.importorskip("transformers"), pytest.importorskip("safetensors.torch")
-    model, tokens = tiny(**changes), some_tokens(2, 40)
+    transformers = pytest.importorskip("transformers")
+    safetensors = pytest.importorskip("safetensors.torch")
+    model = tiny(**changes)
+    tokens = some_tokens(2, 40)
     model.save_pretrained(tmp_path)
     with torch.no_grad():
         peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -48,7 +48,8 @@ FAMILIES = {
 def spec_of(family, without=()):
     """A tokenizer.json: special tokens, single bytes except `without`, merges, with ids in this order."""
     layout = copy.deepcopy(FAMILIES[family])
-    specials, whole = layout.pop("specials"), layout.pop("ignore_merges", False)
+    specials = layout.pop("specials")
+    whole = layout.pop("ignore_merges", False)
     tokens = specials + [letter for letter, byte in byte_letters().items() if byte not in without]
     merges = list(MERGES)
     if whole:                                           # as Llama-3: pairs, and every way to make a token
@@ -354,7 +355,11 @@ def fill(folder, files=FILES):
 
 
 def prompts_in(split):
-    return [e.prompt for halves in split.values() for half in halves.values() for e in half]
+    found = []
+    for halves in split.values():
+        for half in halves.values():
+            found += [e.prompt for e in half]
+    return found
 
 
 def pieces(parts):
@@ -403,7 +408,8 @@ def test_result_depends_on_contents_and_seed_alone(tmp_path, monkeypatch):
     shared = prompts("both", 20)                # whose they are must not hang on which file is met first
     fill(tmp_path, FILES | {"b.toxic.txt": "\n".join(shared),
                             "A.benign.txt": "\n".join(shared + prompts("malicious", 30))})
-    paths, results = sorted(tmp_path.iterdir()), []
+    paths = sorted(tmp_path.iterdir())
+    results = []
     for order in (paths, paths[::-1]):
         monkeypatch.setattr(Path, "iterdir", lambda folder: iter(order))
         results.append(load_folder(tmp_path, 0, is_refusal))
@@ -459,7 +465,8 @@ def test_contrasts_are_no_near_duplicates(tmp_path):
 def test_apart_from_equals_the_naive_loop():
     rng = random.Random(0)
     some = lambda n: [" ".join(rng.choices("abcdefghij", k=rng.randint(1, 12))) for _ in range(n)]
-    used, new = some(60), some(300)
+    used = some(60)
+    new = some(300)
 
     def overlap(a, b):
         return len(word_set(a) & word_set(b)) / len(word_set(a) | word_set(b))
@@ -472,7 +479,9 @@ def test_apart_from_equals_the_naive_loop():
 
 
 def test_limit_caps_each_half_of_each_suite(tmp_path):
-    parts, whole = (load_folder(fill(tmp_path), 0, is_refusal, limit) for limit in (5, None))
+    folder = fill(tmp_path)
+    parts = load_folder(folder, 0, is_refusal, 5)
+    whole = load_folder(folder, 0, is_refusal, None)
     for source, halves in parts.suites.items():
         assert all(half == whole.suites[source][kind][:5] for kind, half in halves.items())
     assert pieces(parts)["toxic"] == pieces(whole)["toxic"]
