@@ -18,7 +18,6 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import platform
 import random
 import shutil
 import sys
@@ -548,7 +547,8 @@ def origin(settings, device):
     for name in ("data", "model", "dcr", "train", "eval"):
         source.update(Path(__file__).with_name(f"{name}.py").read_bytes())
     environment = {"source": source.hexdigest()[:12], "torch": torch.__version__,
-                   "machine": platform.machine(), "threads": torch.get_num_threads(),
+                   "processor": torch.backends.cpu.get_cpu_capability(),       # AVX2, AVX512, ...
+                   "threads": torch.get_num_threads(),
                    "device": torch.cuda.get_device_name() if device == "cuda" else device}
     return {"settings": settings, "environment": environment}
 
