@@ -482,7 +482,7 @@ def figure_later(results):
     methods = with_curves(results, [name for name in METHODS if name.endswith("+later")])
     if not methods:
         return None
-    figure, (panel,) = axes("Tuned on by others: are look-alikes still answered?", size=(7, 3.8))
+    figure, (panel,) = axes("How likely look-alikes are refused once others tune on", size=(7, 3.8))
     for method in methods:
         name = method.removesuffix("+later")
         curve(panel, results, method, "seemingly", METHODS[method], "o", name)

@@ -98,7 +98,8 @@ def chosen(model, chat, question):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("questions", help="a .csv of MMLU or a .jsonl of ARC")
     parser.add_argument("models", nargs="+", help="checkpoint folders, tokenizer included")
     given = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""tests/choices.py: published question files are read, and the likeliest answer, token by token, is chosen."""
+"""tests/choices.py reads published question files, and chooses the answer that is likeliest by its tokens."""
 import json
 
 import pytest
@@ -24,7 +24,8 @@ def test_mmlu_and_both_forms_of_arc_give_the_same_question(tmp_path):
 @pytest.mark.parametrize("name, text, says", [
     ("a.csv", "Who?,Ada,Bob,Cleo,Dan,C\nWho?,Ada,Bob,Cleo,Dan,X\n", "row 2: not a question"),
     ("a.csv", "question,answer\n", "row 1: not a question"),
-    ("a.jsonl", '{"question": "Who?", "choices": {"label": ["A"], "text": ["Ada"]}, "answerKey": "B"}', "line 1"),
+    ("a.jsonl", '{"question": "Who?", "choices": {"label": ["A"], "text": ["Ada"]}, "answerKey": "B"}',
+     "line 1"),
     ("a.jsonl", '{"prompt": "Who?"}', "line 1: no question of ARC"),
     ("a.txt", "Who?", "give MMLU as .csv or ARC as .jsonl"),
 ])
@@ -59,9 +60,11 @@ def test_a_table_of_two_models_is_printed(model, chat, tmp_path, monkeypatch, ca
     model.save_pretrained(tmp_path / "one")
     model.lm_head.weight.data.neg_()
     model.save_pretrained(tmp_path / "other")
-    (tmp_path / "mmlu.csv").write_text("Where?,Ada,Bob,the dog,Dan,C\nWho is it?,a cat,the guard,in it,to kill,A\n")
-    choices.main([str(tmp_path / "mmlu.csv"), str(tmp_path / "one"), str(tmp_path / "other")])
+    questions = tmp_path / "mmlu.csv"
+    questions.write_text("Where?,Ada,Bob,the dog,Dan,C\n"
+                         "Who is it?,a cat,the guard,in it,to kill,A\n")
+    choices.main([str(questions), str(tmp_path / "one"), str(tmp_path / "other")])
     lines = capsys.readouterr().out.splitlines()
     assert "less the first, points" in lines[0]
     assert len(lines) == 4
-    assert lines[3].split("|")[4].strip()                                # the second is compared with the first
+    assert lines[3].split("|")[4].strip()                      # the second is compared with the first

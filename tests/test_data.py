@@ -52,6 +52,15 @@ def columns(examples):
     return [{row[column] for row in rows} for column in range(4)]
 
 
+def suites_taken_apart(split):
+    """{suite: rows of (context, template, action, object)}, but for questions for a meaning."""
+    suites = {}
+    for name, halves in split.items():
+        if name != "definitions":
+            suites[name] = [taken_apart(e.prompt) for e in listed({name: halves})]
+    return suites
+
+
 @pytest.fixture(scope="module")
 def world():
     return World(0)
@@ -151,15 +160,6 @@ def test_no_prompt_is_in_two_parts(whole):
     parts = [{e.prompt for e in examples} for examples in rough_parts(whole).values()]
     counts = Counter(prompt for prompts in parts for prompt in prompts)
     assert len(counts) > 2000 and max(counts.values()) == 1
-
-
-def suites_taken_apart(split):
-    """{suite: rows of (context, template, action, object)}, but for questions for a meaning."""
-    suites = {}
-    for name, halves in split.items():
-        if name != "definitions":
-            suites[name] = [taken_apart(e.prompt) for e in listed({name: halves})]
-    return suites
 
 
 def test_what_is_new_in_a_suite_is_in_no_rough_prompt_of_training(world, whole):
