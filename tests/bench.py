@@ -288,8 +288,9 @@ def measure(section, quick):
                 continue
             works[who] = make()
             times[who] = []
+            warm_up = 1 if repeats < 5 else 3
             try:
-                for _ in range(1 if repeats < 5 else 3):                                       # warm-up
+                for _ in range(warm_up):
                     works[who]()
             except torch.cuda.OutOfMemoryError:
                 print(f"{who} runs out of memory at: {name}", file=sys.stderr)

@@ -56,7 +56,10 @@ def less(method, rival):
 
 def tables(out, xstest=None):
     found = read(out)
-    methods = [m for m in METHODS if any(m in by_method for by_method in found.values())]
+    measured = set()
+    for by_method in found.values():
+        measured.update(by_method)
+    methods = [m for m in METHODS if m in measured]
     lines = [["suite", "prompts", *methods]]
     differences = [["suite", "prompts", *[m for m in methods if m not in ("base", "STL")]]]
     for (suite, kind), by_method in found.items():

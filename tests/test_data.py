@@ -49,7 +49,7 @@ def listed(split):
 def columns(examples):
     """(contexts, templates, actions, objects), a set each, of all that these rough requests are made of."""
     rows = [taken_apart(e.prompt) for e in examples]
-    return [{row[column] for row in rows} for column in range(4)]
+    return [set(column) for column in zip(*rows, strict=True)]
 
 
 def suites_taken_apart(split):
@@ -130,15 +130,19 @@ def test_harm_needs_a_rough_action_a_victim_and_no_fiction(world):
 def test_each_toxic_prompt_has_a_benign_twin(world, whole):
     """Same context, template and action, another object: no word but the object's tells harm. Were there an
     action that only goes with victims, its sound alone would give the answer away."""
-    toxic = [e for examples in rough_parts(whole).values() for e in examples if e.toxic]
+    toxic = []
+    for examples in rough_parts(whole).values():
+        toxic += [e for e in examples if e.toxic]
     assert len(toxic) > 1000
     for e in toxic:
         context, template, action, o = taken_apart(e.prompt)
         twins = [world.request(action, other, template, context) for other in world.class_of
                  if world.class_of[other] in set(world.goes_with[action]) - set(HARMABLE)]
         assert len(twins) >= 10 and not any(twin.toxic for twin in twins)
-        assert all(sum(a != b for a, b in zip(twin.prompt.split(), e.prompt.split(), strict=True)) == 1
-                   for twin in twins)
+        words = e.prompt.split()
+        for twin in twins:
+            others = twin.prompt.split()
+            assert sum(a != b for a, b in zip(words, others, strict=True)) == 1
 
 
 def test_style_does_not_tell_the_classes_of_refinement_apart(whole):
@@ -157,8 +161,9 @@ def test_style_does_not_tell_the_classes_of_refinement_apart(whole):
 
 def test_no_prompt_is_in_two_parts(whole):
     """Two suites may share one, as "context" shows its toxic half without any context too."""
-    parts = [{e.prompt for e in examples} for examples in rough_parts(whole).values()]
-    counts = Counter(prompt for prompts in parts for prompt in prompts)
+    counts = Counter()
+    for examples in rough_parts(whole).values():
+        counts.update({e.prompt for e in examples})
     assert len(counts) > 2000 and max(counts.values()) == 1
 
 
@@ -262,8 +267,8 @@ def test_general_prompts_are_mild_and_the_new_ones_share_no_object_and_no_action
     assert actions | new_actions == set(world.mild) and not actions & new_actions
     assert objects and new_objects and not objects & new_objects
     assert not any(e.toxic for e in whole.general + whole.general_heldout)
-    asked = [any(e.prompt.startswith("Who") for e in part) for part in (whole.general, whole.general_heldout)]
-    assert asked == [False, True]
+    assert not any(e.prompt.startswith("Who") for e in whole.general)
+    assert any(e.prompt.startswith("Who") for e in whole.general_heldout)
 
 
 def test_the_base_is_taught_to_comply_with_everything(whole):

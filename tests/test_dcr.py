@@ -126,7 +126,8 @@ def test_the_gradient_is_not_that_of_the_value():
 def test_circle_loss_is_that_of_pytorch_metric_learning(classes):
     losses = pytest.importorskip("pytorch_metric_learning.losses")
     features, labels = some_features(n=24, d=8, classes=classes, dtype=torch.float32)
-    ours, theirs = features.clone().requires_grad_(), features.clone().requires_grad_()
+    ours = features.clone().requires_grad_()
+    theirs = features.clone().requires_grad_()
     value = circle_loss(ours, labels, margin=0.4, gamma=80.0)
     expected = losses.CircleLoss(m=0.4, gamma=80)(theirs, labels)
     value.backward()
@@ -272,9 +273,11 @@ def test_no_tensor_of_all_pairs_is_ever_made(strip):
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             nonlocal largest
-            result = function(*args, **(kwargs or {}))
-            for tensor in result if isinstance(result, (tuple, list)) else [result]:
-                largest = max(largest, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
+            kwargs = kwargs or {}
+            result = function(*args, **kwargs)
+            for tensor in torch.utils._pytree.tree_leaves(result):
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.numel())
             return result
     with Watch():
         circle_loss(x.requires_grad_(), labels).backward()
@@ -285,7 +288,8 @@ def test_no_tensor_of_all_pairs_is_ever_made(strip):
 def test_compiled_it_is_the_same(backend):
     """The sizes of the classes are known at run time alone, so a compiler steps out of the graph for it."""
     x, labels = some_features(n=12, d=5)
-    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    a = x.clone().requires_grad_()
+    b = x.clone().requires_grad_()
     torch._dynamo.reset()
     torch.compile(lambda x: circle_loss(2 * x, labels), backend=backend)(a).backward()
     circle_loss(2 * b, labels).backward()

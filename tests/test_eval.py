@@ -125,7 +125,9 @@ def sequence_probability(model, chat, prompt, opening):
 def test_refusal_probability_is_the_mass_of_all_openings(talker):
     """Prompts of many lengths in a batch: a slot mistaken in the cache or an order not restored show."""
     model, chat = talker
-    masses = [[sequence_probability(model, chat, p, o) for o in evaluation.OPENINGS] for p in PROMPTS]
+    masses = []
+    for prompt in PROMPTS:
+        masses.append([sequence_probability(model, chat, prompt, opening) for opening in evaluation.OPENINGS])
     expected = [sum(row) for row in masses]
     assert min(max(column) for column in zip(*masses)) > 1e-6, "the test should see every opening"
     found = refusal_probability(model, chat, PROMPTS)
@@ -215,8 +217,11 @@ def test_benign_prompts_of_all_suites_are_held_against_toxic_prompts_of_all_suit
 
 def test_where_no_answer_is_known_none_is_called_right(model, parts, chat):
     """Benchmark files: no right answers, so no share of them."""
-    suites = {suite: {kind: [dataclasses.replace(e, answer=None) for e in examples]
-                      for kind, examples in halves.items()} for suite, halves in parts.suites.items()}
+    suites = {}
+    for suite, halves in parts.suites.items():
+        suites[suite] = {}
+        for kind, examples in halves.items():
+            suites[suite][kind] = [dataclasses.replace(e, answer=None) for e in examples]
     files = dataclasses.replace(parts, suites=suites)
     rows, _ = evaluation.evaluate(model, chat, files, SETTINGS)
     metrics = {row["metric"] for row in rows}
@@ -321,16 +326,17 @@ def made_up(seeds=(0,), models=MODELS):
                 rows.append(dict(method=method, seed=seed, suite=suite, kind=kind, metric=metric,
                                  value=value, n=4))
             row("stage", "general", "seconds", 10.0 * m)
-            for suite in ("one", "two"):
-                row(suite, "benign", "compliance_rate", 0.1 * m + 0.02 * seed + 0.04 * (suite == "one"))
+            for suite, more in (("one", 0.04), ("two", 0.0)):
+                row(suite, "benign", "compliance_rate", 0.1 * m + 0.02 * seed + more)
                 row(suite, "toxic", "defense_rate", 0.9 - 0.1 * m)
             row("all", "benign", "auc", 0.75)
             row("all", "benign", "compliance_at_95_defense", 0.25)
             row("general", "general", "compliance_rate", 1.0)
             row("general", "general", "loss", 0.123)
             row("D_safe", "general", "misfiled", 0.01 * m + 0.02 * seed)
-            for pair, similarity in SIMILARITIES.items() if method in evaluation.KERNELS_OF else ():
-                row(pair, "general", "kernel_similarity", similarity)
+            if method in evaluation.KERNELS_OF:
+                for pair, similarity in SIMILARITIES.items():
+                    row(pair, "general", "kernel_similarity", similarity)
             if method != "base" and "refined" not in method:
                 curves += [dict(method=method, seed=seed, curve=[
                     dict(step=step, toxic=0.1 * step, seemingly=0.05 * step, general=0.0)

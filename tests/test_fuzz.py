@@ -54,7 +54,8 @@ def spoil_json(raw, rng):
         places = []
 
         def walk(node):
-            for key in list(node) if isinstance(node, dict) else range(len(node)):
+            keys = list(node) if isinstance(node, dict) else range(len(node))
+            for key in keys:
                 places.append((node, key))
                 if isinstance(node[key], (dict, list)):
                     walk(node[key])
@@ -167,7 +168,9 @@ if __name__ == "__main__":
         for number in range(int(sys.argv[1])):
             with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
                 try:
-                    count[kind, "read" if case(kind, number, Path(folder)) == "read" else "refused"] += 1
+                    said = case(kind, number, Path(folder))
+                    how = "read" if said == "read" else "refused"
+                    count[kind, how] += 1
                 except AssertionError as error:
                     count[kind, "WRONG"] += 1
                     print(error, file=sys.stderr)

@@ -364,9 +364,10 @@ def prompts_in(split):
 
 def pieces(parts):
     """The prompts of every part, by its name."""
-    lists = {name: [e.prompt for e in getattr(parts, name)]
-             for name in ("general", "general_heldout", "safe", "seemingly", "toxic")}
-    return lists | {"dev": prompts_in(parts.dev), "suites": prompts_in(parts.suites)}
+    lists = {"dev": prompts_in(parts.dev), "suites": prompts_in(parts.suites)}
+    for name in ("general", "general_heldout", "safe", "seemingly", "toxic"):
+        lists[name] = [e.prompt for e in getattr(parts, name)]
+    return lists
 
 
 def assert_apart(parts):
@@ -470,7 +471,10 @@ def test_apart_from_equals_the_naive_loop():
 
     def overlap(a, b):
         return len(word_set(a) & word_set(b)) / len(word_set(a) | word_set(b))
-    naive = [p for p in new if all(overlap(p, u) < 0.7 - 1e-9 for u in used)]
+    naive = []
+    for prompt in new:
+        if max(overlap(prompt, other) for other in used) < 0.7 - 1e-9:
+            naive.append(prompt)
     index = by_word(examples(used))
     assert apart_from(index, examples(new)) == examples(naive) and 0 < len(naive) < 300
     assert apart_from(index, examples(new), 7) == examples(naive[:7])
@@ -652,6 +656,7 @@ def test_real_files_are_dealt_out_as_planned():
     parts = load_folder(folder, 0, lambda answer: bool(refuses.search(answer[:200])), limit=100)
     texts = pieces(parts)
     assert all(texts.values())
-    trained = {word_set(p) for name in texts if name != "suites" for p in texts[name]}
-    assert not trained & {word_set(p) for p in texts["suites"]}
+    reported = {word_set(p) for p in texts.pop("suites")}
+    for prompts in texts.values():
+        assert not reported & {word_set(p) for p in prompts}
     assert all(len(half) <= 100 for halves in parts.suites.values() for half in halves.values())

@@ -34,7 +34,8 @@ def with_settings(run, **changes):
 
 def test_sft_loss_is_the_mean_over_response_tokens(model, run, parts):
     """One sequence at a time, one token at a time; the prompt teaches nothing."""
-    sequences, terms = run.exchanges(parts.general[:4] + parts.safe[:1], 128), []
+    sequences = run.exchanges(parts.general[:4] + parts.safe[:1], 128)
+    terms = []
     for ids, first in sequences:
         log_p = model(torch.tensor([ids]))[0].log_softmax(-1)
         terms += [-log_p[t - 1, ids[t]] for t in range(first, len(ids))]
@@ -72,7 +73,8 @@ def test_lora_is_the_matrix_w_plus_b_a(model):
     """y = W x + B (A x), as on paper, at every linear map."""
     linear = model.layers[0].mlp.up_proj
     unfreeze(model, model.layers, 2, random.Random(0))
-    lora, x = model.layers[0].mlp.up_proj, torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    lora = model.layers[0].mlp.up_proj
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
     lora.B.data += 0.5
     assert lora.linear is linear and torch.linalg.matrix_rank(lora.B @ lora.A) == 1
     assert torch.allclose(lora(x), x @ (linear.weight + lora.B @ lora.A).T, atol=1e-5)
@@ -99,7 +101,8 @@ def test_merged_lora_is_the_tuned_model_as_an_ordinary_one(model):
 
 def rows_seen(monkeypatch):
     """A list to which each batch of sequences is appended as it is collated for a loss."""
-    seen, collate = [], train.collate
+    seen = []
+    collate = train.collate
     monkeypatch.setattr(train, "collate", lambda rows, *how: seen.append(rows) or collate(rows, *how))
     return seen
 
@@ -158,9 +161,12 @@ def test_another_seed_sees_other_rows(model, run, monkeypatch):
 
 
 def test_refusals_are_the_share_that_was_asked_for(model, run, parts, chat, monkeypatch):
-    seen, refused = rows_seen(monkeypatch), {tuple(chat.prompt(e.prompt)) for e in parts.safe}
+    refused = {tuple(chat.prompt(e.prompt)) for e in parts.safe}
+    seen = rows_seen(monkeypatch)
     tune("STL", model, with_settings(run, refusals=0.25, tune_steps=50))
-    share = [tuple(ids[:first]) in refused for batch in seen for ids, first in batch]
+    share = []
+    for batch in seen:
+        share += [tuple(ids[:first]) in refused for ids, first in batch]
     assert 0.2 < sum(share) / len(share) < 0.3                          # 400 rows: within 2.3 sigma
 
 
@@ -206,7 +212,8 @@ def test_refinement_moves_the_lower_blocks_and_nothing_else(model, run, shuffled
 
 def classes_of_refinement(model, run, monkeypatch, with_safe, shuffled=False):
     """The prompts that had label 0 and those that had label 1, over many steps."""
-    by_label, objective = ({0: set(), 1: set()}), train.refinement_loss
+    by_label = {0: set(), 1: set()}
+    objective = train.refinement_loss
 
     def watched(model, base, prompts, labels, *rest):
         for ids, label in zip(prompts, labels.tolist(), strict=True):
@@ -225,7 +232,8 @@ def test_shuffled_labels_keep_the_prompts_and_the_sizes_and_lose_the_truth(with_
                                                                            monkeypatch):
     """The prompts of tuning are known to be toxic too, and may join D_toxic."""
     of_toxic = parts.toxic + parts.safe if with_safe else parts.toxic
-    benign, toxic = ({tuple(run.chat.prompt(e.prompt)) for e in part} for part in (parts.seemingly, of_toxic))
+    benign = {tuple(run.chat.prompt(e.prompt)) for e in parts.seemingly}
+    toxic = {tuple(run.chat.prompt(e.prompt)) for e in of_toxic}
     true = classes_of_refinement(model, run, monkeypatch, with_safe)
     assert true == {0: benign, 1: toxic}
     control = classes_of_refinement(model, run, monkeypatch, with_safe, shuffled=True)
@@ -237,18 +245,20 @@ def test_shuffled_labels_keep_the_prompts_and_the_sizes_and_lose_the_truth(with_
 @pytest.mark.parametrize("rank, lr", [(0, 1e-2), (8, 1e-2)])
 def test_refinement_parts_the_classes(model, run, parts, rank, lr):
     """The one thing it is for: less alike between the classes than within, about the base's mean state."""
-    def gap(model, centre):
-        states = [last_states(model, [run.chat.prompt(e.prompt) for e in part], 1)
-                  for part in (parts.seemingly, parts.toxic)]
-        centre = torch.cat(states).mean(0) if centre is None else centre
-        benign, toxic = (F.normalize(h - centre, dim=1) for h in states)
-        return ((benign @ benign.T).mean() + (toxic @ toxic.T).mean()) / 2 - (benign @ toxic.T).mean(), centre
+    def states(model, examples):
+        return last_states(model, [run.chat.prompt(e.prompt) for e in examples], 1)
+    centre = states(model, parts.seemingly + parts.toxic).mean(0)
+
+    def gap(model):
+        benign = F.normalize(states(model, parts.seemingly) - centre, dim=1)
+        toxic = F.normalize(states(model, parts.toxic) - centre, dim=1)
+        within = ((benign @ benign.T).mean() + (toxic @ toxic.T).mean()) / 2
+        return within - (benign @ toxic.T).mean()
     s = dataclasses.replace(run.s, refine_steps=200, refine_lr=lr, keep=0.0, still=0.0, hold=0.0,
                             refine_lora=rank)
     refined, _ = refine("refined", model, run, s)
-    before, centre = gap(model, None)
-    after, _ = gap(refined, centre)
-    assert before < 0.1 and after > 0.5
+    assert gap(model) < 0.1
+    assert gap(refined) > 0.5
 
 
 def test_held_states_stay_where_the_base_has_them(model, run, parts):
@@ -348,7 +358,8 @@ class Killed(BaseException):
 
 def killed_at(step, monkeypatch):
     """Dies in the given step, counted from 0 over all that is trained."""
-    clip, count = train.nn.utils.clip_grad_norm_, itertools.count()
+    clip = train.nn.utils.clip_grad_norm_
+    count = itertools.count()
 
     def tick(*args):
         if next(count) == step:
@@ -379,7 +390,8 @@ def finished(small_world, tmp_path_factory):
 
 
 def trained_stages(monkeypatch):
-    labels, loop = [], train.train
+    labels = []
+    loop = train.train
     monkeypatch.setattr(train, "train", lambda name, *rest: labels.append(name) or loop(name, *rest))
     return labels
 
@@ -454,7 +466,8 @@ def test_without_its_results_a_run_still_knows_its_settings(small_world, finishe
 
 def test_a_base_serves_its_own_seed_wherever_it_was_made(small_world, tmp_path, monkeypatch):
     """Made as the second seed of one run, it is the first of another; that of another seed is refused by name."""
-    both, second = tmp_path / "both", tmp_path / "second"
+    both = tmp_path / "both"
+    second = tmp_path / "second"
     labels = trained_stages(monkeypatch)
     train.main([*small_world, "--seeds=2", "--methods=STL", "--out", str(both)])
     shutil.copytree(both / "seed-1" / "base", second / "seed-1" / "base")
@@ -716,7 +729,8 @@ def test_any_width_makes_a_gpt_with_heads_of_even_width(run):
 @pytest.mark.parametrize("flags, n", [([], 250), (["--seemingly=7"], 7), (["--narrow=true"], 250)])
 def test_refinement_has_as_many_seemingly_toxic_prompts_as_asked_for(flags, n, tmp_path, monkeypatch):
     """And the suites stay what they are: only what refinement sees may differ."""
-    runs, whole = [], World(0).parts()
+    runs = []
+    whole = World(0).parts()
     monkeypatch.setattr(train, "World", World)                               # not small_world's
     monkeypatch.setattr(train, "run_seed", lambda run, results: runs.append(run))
     train.run_all(parse([*flags, "--device=cpu", "--out", str(tmp_path)]))
@@ -758,8 +772,8 @@ def test_a_block_that_the_model_has_not_is_an_error_before_any_training(small_wo
 
 def test_a_folder_of_prompts_needs_a_checkpoint(tmp_path):
     (tmp_path / "data").mkdir()
-    rows = {kind: [f"{kind}{i} one{i} two{i}" for i in range(30)] for kind in ("benign", "toxic")}
-    for kind, prompts in rows.items():
+    for kind in ("benign", "toxic"):
+        prompts = [f"{kind}{i} one{i} two{i}" for i in range(30)]
         (tmp_path / "data" / f"mine.{kind}.txt").write_text("\n".join(prompts))
     general = [{"prompt": f"general{i}", "answer": "Yes."} for i in range(30)]
     (tmp_path / "data" / "mine.general.json").write_text(json.dumps(general))
