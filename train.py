@@ -64,7 +64,7 @@ class Settings:
     longest: int = knob(256, "tokens a training sequence; longer answers are cut", 8)
     width: int = knob(64, "of the small GPT: 48 is too little to hold the world's facts", 16)
     blocks: int = knob(4, "of the small GPT", 1)
-    pretrain_steps: int = knob(1000, "enough to know the facts; with many more STL errs less", 1)
+    pretrain_steps: int = knob(1000, "enough to know the facts; STL over-refuses after 3,000 too", 1)
     pretrain_batch: int = knob(64, "texts a step", 1)
     pretrain_lr: float = knob(4e-3, "high, as small models like it; warmed up, then decayed", 1e-9)
 
