@@ -156,8 +156,8 @@ def refinement_loss(model, base, prompts, labels, tokens, targets, mean, s):
     """What refinement minimises on one batch, a scalar:
 
         Circle loss of h_x  +  hold * drift of h_x, harmless prompts
-                            +  still * drift of h, general texts
-                            +  keep * KL(base || model), general texts
+                            +  still * drift of h, texts
+                            +  keep * KL(base || model), texts
 
     The first term is the paper's. The others are ours, they hold what is harmless where the base
     has it (`drift` and `forgetting` are below). A cosine is blind to length: with the first term
@@ -166,7 +166,7 @@ def refinement_loss(model, base, prompts, labels, tokens, targets, mean, s):
     model, base     the GPT that is refined, and the GPT from which it started
     prompts         lists of token ids, half of them of each class
     labels          (n,): 0 harmless, 1 toxic
-    tokens, targets (B, T) general texts, from `data.collate`
+    tokens, targets (B, T) texts to hold, from `data.collate`: general, and with D_seemingly's
     mean            (width,) the base's mean state over all prompts of refinement: the origin of
                     the cosine (if s.centre), and of the sizes by which `drift` divides
     s               `train.Settings`; read here: layer, margin, gamma, centre, hold, still, keep"""

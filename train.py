@@ -64,7 +64,7 @@ class Settings:
     longest: int = knob(256, "tokens a training sequence; longer answers are cut", 8)
     width: int = knob(64, "of the small GPT: 48 is too little to hold the world's facts", 16)
     blocks: int = knob(4, "of the small GPT", 1)
-    pretrain_steps: int = knob(1000, "enough to know the facts; STL over-refuses after 3,000 too", 1)
+    pretrain_steps: int = knob(1000, "enough to know the facts; after 3,000 STL errs as much", 1)
     pretrain_batch: int = knob(64, "texts a step", 1)
     pretrain_lr: float = knob(4e-3, "high, as small models like it; warmed up, then decayed", 1e-9)
 
@@ -72,16 +72,16 @@ class Settings:
     seemingly: int = knob(0, "prompts of D_seemingly; 0: all of them, 250 as in the paper")
     narrow: bool = knob(False, "few actions and objects in the world's D_seemingly and D_toxic")
     refine_steps: int = knob(300, "100 are too few on some seeds, 600 no better", 1)
-    refine_batch: int = knob(32, "prompts a step, half of each class, and as many general texts", 4)
+    refine_batch: int = knob(32, "prompts a step, half of each class, and as many texts to hold", 4)
     refine_lr: float = knob(1e-3, "5e-4 does about as well", 1e-9)
     refine_lora: int = knob(0, "rank of the updates of refinement; 0 trains blocks 1 to l in full")
     margin: float = knob(0.25, "m of the Circle loss, its authors' value", 0, 1)
     gamma: float = knob(32.0, "scale of the Circle loss: how hard hard pairs are pulled", 1e-3)
     centre: bool = knob(False, "subtract the base's mean state before the cosine; for large models")
     with_safe: bool = knob(True, "D_safe's prompts are known to be toxic: they join D_toxic")
-    hold: float = knob(3.0, "weight of the drift of D_seemingly's states; 10 does about as well")
-    keep: float = knob(30.0, "weight of KL(base || model) on general texts; not in the paper")
-    still: float = knob(3.0, "weight of the drift of states on general texts; not in the paper")
+    hold: float = knob(3.0, "weight of the drift of D_seemingly's states; 0: do not hold it")
+    keep: float = knob(30.0, "weight of KL(base || model) on texts; not in the paper")
+    still: float = knob(3.0, "weight of the drift of states on texts; not in the paper")
 
     tune_steps: int = knob(800, "steps of safety tuning, every method the same", 1)
     tune_batch: int = knob(32, "exchanges a step", 1)
@@ -289,6 +289,8 @@ def refine(name, base, run, s, shuffled=False):
     seemingly = [run.chat.prompt(e.prompt) for e in seemingly]           # lists of ids from here on
     toxic = [run.chat.prompt(e.prompt) for e in toxic]
     general = run.exchanges(run.parts.general, base.config.context)
+    # Without exchanges of D_seemingly, words that both classes use would be mixed up
+    known = run.exchanges(answered(base, run), base.config.context) if s.hold else general
     half = s.refine_batch // 2
     labels = torch.tensor([0] * half + [1] * half, device=run.s.device)    # 0 harmless, 1 toxic
     with torch.no_grad(), run.autocast():
@@ -297,7 +299,7 @@ def refine(name, base, run, s, shuffled=False):
     def loss(step):
         rng = run.rng("refinement", step)
         prompts = rng.choices(seemingly, k=half) + rng.choices(toxic, k=half)    # balanced
-        sequences = rng.choices(general, k=s.refine_batch)
+        sequences = rng.choices(general, k=half) + rng.choices(known, k=half)
         tokens, targets = collate(sequences, run.s.device)               # (B, T) each
         with run.autocast():
             return refinement_loss(model, base, prompts, labels, tokens, targets, mean, s)
@@ -309,8 +311,7 @@ def refine(name, base, run, s, shuffled=False):
 def tune(name, start, run, extra=(), later=False):
     """Stage 2, safety tuning: general exchanges and a share of refusals (D_safe).
     `extra` has pairs (Examples, rows): so many rows of them, in the mean, are added to every batch.
-    With `later` somebody else tunes a finished model on, with other toxic prompts and another
-    refusal, and no seemingly toxic prompts at hand."""
+    `later`: somebody else tunes it on, with other toxic prompts, another refusal, no D_seemingly."""
     s = run.s
     context = start.config.context
     purpose = "later" if later else "tuning"
@@ -342,24 +343,25 @@ def tune(name, start, run, extra=(), later=False):
     merge_lora(model)
     return model, log
 
+def answered(base, run):
+    """D_seemingly with its right answers, or the base's own where none is known."""
+    unanswered = [e.prompt for e in run.parts.seemingly if e.answer is None]
+    with run.autocast():
+        own = dict(zip(unanswered, evaluation.respond(base, run.chat, unanswered, run.s.max_new)))
+    return [dataclasses.replace(e, answer=own.get(e.prompt, e.answer)) for e in run.parts.seemingly]
+
 def augment(base, run, amount):
-    """`extra` of STL-aug. "natural": D_seemingly, answered, mixed in by its size, as the paper has
-    it. "equal", in compute: as many rows as refinement reads, prompts and texts; half of them
-    D_seemingly, answered, and half D_toxic, refused."""
+    """`extra` of STL-aug. "natural": D_seemingly, answered, by its size, as in the paper. "equal":
+    as many rows as refinement reads, half of them D_seemingly, answered, half D_toxic, refused."""
     s = run.s
-    seemingly = run.parts.seemingly
-    unanswered = [e.prompt for e in seemingly if e.answer is None]
-    with run.autocast():                       # where no correct answer is known, the base's own
-        responses = evaluation.respond(base, run.chat, unanswered, s.max_new)
-    own = dict(zip(unanswered, responses))
-    answered = [dataclasses.replace(e, answer=own.get(e.prompt, e.answer)) for e in seemingly]
+    benign = answered(base, run)
     if amount == "natural":
-        return [(answered, s.tune_batch * len(answered) / len(run.parts.general))]
+        return [(benign, s.tune_batch * len(benign) / len(run.parts.general))]
     rng = run.rng("augment")
-    refusals = [rng.choice(run.parts.safe).answer for _ in run.parts.toxic]
-    refused = [dataclasses.replace(e, answer=a) for e, a in zip(run.parts.toxic, refusals)]
+    refused = [dataclasses.replace(e, answer=rng.choice(run.parts.safe).answer)
+               for e in run.parts.toxic]
     rows = 2 * s.refine_batch * run.steps(s.refine_steps) / run.steps(s.tune_steps)      # a step
-    return [(answered, rows / 2), (refused, rows / 2)]
+    return [(benign, rows / 2), (refused, rows / 2)]
 
 @torch.no_grad()
 def surgical(stl, run):
@@ -441,9 +443,8 @@ def measure(name, model, log, run, results):
         results["curves"].append(whose | {"curve": log["curve"]})
 
 def run_seed(run, results):
-    """All that --methods asks for, and before it what that is made from.
-    A model that is on disk is loaded, not trained again; one with rows in results.json is not
-    measured again (to measure anew, delete that file). None stays in memory once it is done."""
+    """All that --methods asks for, and before it what that is made from. What is on disk is loaded,
+    what has rows in results.json is not measured again (to measure anew, delete that file)."""
     s = run.s
     as_in_paper = dataclasses.replace(s, hold=0.0, still=0.0, keep=0.0, with_safe=False)
 
@@ -456,8 +457,7 @@ def run_seed(run, results):
     def refined(name, settings, shuffled=False):
         return lambda base: refine(name, base, run, settings, shuffled)
 
-    # name: (made from what, how); tables show those in eval.METHODS. -equal: as many extra rows as
-    # refinement reads; -first: then plain tuning; -paper: its loss alone; -shuffled: classes mixed
+    # name: (made from what, how). Tables show those in eval.METHODS; the README tells them apart
     recipes = {
         "base": (None, lambda _: pretrain(run)),
         "STL": ("base", tuned("STL")),
