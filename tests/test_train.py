@@ -261,6 +261,22 @@ def test_refinement_parts_the_classes(model, run, parts, rank, lr):
     assert gap(refined) > 0.5
 
 
+@pytest.mark.parametrize("hold, shuffled", [(3.0, False), (3.0, True), (0.0, False)])
+def test_half_of_the_texts_that_are_held_are_exchanges_of_d_seemingly(hold, shuffled, model, run, monkeypatch):
+    """With D_toxic it has verbs in common, and what a state holds of a verb is in no other text. They are so
+    in the control too, which must differ by its labels alone."""
+    seen = rows_seen(monkeypatch)
+    s = dataclasses.replace(run.s, hold=hold, refine_steps=3)
+    refine("refined", model, run, s, shuffled)
+    known = run.exchanges(run.parts.seemingly, model.config.context)
+    assert len(seen) == 3
+    for batch in seen:
+        assert len(batch) == s.refine_batch
+        of_seemingly = [row in known for row in batch]
+        half = s.refine_batch // 2
+        assert of_seemingly == [False] * half + [hold > 0] * half
+
+
 def test_held_states_stay_where_the_base_has_them(model, run, parts):
     """A cosine is blind to length: with the Circle loss alone both classes are thrown far out."""
     ids = [run.chat.prompt(e.prompt) for e in parts.seemingly]
