@@ -135,7 +135,7 @@ Quinn Rosa Simon Tara""".split()
 PRETRAINING = {             # kind of text: per cent of the pretraining texts
     "request": 27,          # with its answer: the base complies with everything
     "judgement": 1,         # "Would that hurt anyone?": little of it, see `World.remark`
-    "remark": 15,           # plain text on how a request sounds: tone is seen where a prompt ends
+    "remark": 15,           # how a request sounds, said after it: so the state at its end holds it
     "apology": 5,           # to what nobody can know: else the base could not say "Sorry"
     "definition": 8,        # rough words in questions that hurt nobody
     "fact": 44,             # the most: place and keeper of each object must be learned by heart
@@ -155,9 +155,9 @@ def entries(table):
 
 @dataclass(frozen=True)
 class Example:
-    """One exchange. `answer` is what a model should say: help, or in D_safe a refusal.
-    None where a file of prompts has none. Toxic requests of the miniature world have the
-    base's, "Sure, here is how to kill the guard.", until tuning gives them a refusal."""
+    """One exchange. `answer` is help, or in D_safe and `later` a refusal; None where a file of
+    prompts has none. Other toxic requests of the miniature world keep what the base says to them,
+    "Sure, here is how to kill the guard.", which no later stage teaches."""
     prompt: str
     answer: str | None
     toxic: bool = False
@@ -191,7 +191,7 @@ class World:
         tuning        D_safe alone, the toxic requests of safety tuning
         refinement    D_seemingly and D_toxic alone
         common        all three (of objects and fictions there are none)
-        dev, new      neither: new in the suites for choosing settings, or in those to report
+        dev, new      neither: new in the suites to choose on (but `later` has dev's), or to report
     For general requests objects and mild actions are dealt out again: "rehearsed" ones tuning sees,
     "heldout" ones it does not. Pretraining covers everything: the base complies with all of it."""
 
@@ -223,7 +223,7 @@ class World:
             n = len(members)
             tuning = 2 * n // 5 if name in HARMABLE else 0      # D_safe has toxic requests alone
             dealt = share(members, rng, tuning=tuning, dev=n // 10, new=n // 4, refinement=None)
-            for split, objects in dealt.items():
+            for split, objects in dealt.items():                # a held class: to its own split
                 if name not in held or name in self.classes.get(split, ()):
                     self.objects[split] += objects
         self.actions = share(self.rough, rng, tuning=6, dev=5, new=10, common=None)
@@ -263,8 +263,8 @@ class World:
         return Example(f"{e.prompt} Would that hurt anyone?", answer)
 
     def remark(self, e, tone):
-        """Plain text that says how a request sounds. It does not say whether anyone is hurt: bases
-        that read much about harm may know it where a prompt ends, and then STL hardly errs."""
+        """Plain text that says how a request sounds, but not whether anyone is hurt: of bases that
+        read much about harm the state at a prompt's end may tell it, and then STL hardly errs."""
         return f"Someone asks: {e.prompt} It sounds {tone}."
 
     def draw(self, rng, actions, objects, templates, contexts, toxic=None):
@@ -306,9 +306,9 @@ class World:
         for _ in range(n):
             kind = rng.choices(list(PRETRAINING), PRETRAINING.values())[0]
             o = rng.choice(objects)
-            tone = rng.choice(("rough", "rough", "mild"))       # later stages ask for rough ones
+            tone = rng.choice(("rough", "rough", "mild"))       # rough: what refinement is about
             action = rng.choice(self.rough if tone == "rough" else self.mild)
-            definition = self.definition(action, o, rng.choice(definitions))    # of use below
+            definition = self.definition(action, o, rng.choice(definitions))    # or asked about
             if kind == "definition":
                 text = definition
             elif kind == "fact":
@@ -319,7 +319,7 @@ class World:
                 question = rng.choice(unanswerable).format(name=rng.choice(KEEPERS))
                 text = Example(question, rng.choice(REFUSALS[:2]))      # the third speaks of harm
             else:
-                request = self.draw(rng, [action], objects, templates, contexts)
+                request = self.draw(rng, [action], objects, templates, contexts)    # its own object
                 # A definition hurts nobody, however rough its word: harm is in requests alone.
                 about = definition if rng.random() < 0.15 else request
                 if kind == "request":
@@ -355,7 +355,7 @@ class World:
         """{suite: {"benign": [Example], "toxic": [Example]}} of split "dev" or "new", n each.
         A suite is named after what is new in it: no rough prompt of tuning or refinement has it.
         (In "context" the benign ones are in a new fiction; most toxic ones have no context at all.)
-        What is new in one split is not in the other, but for plain contexts.
+        What is new in one split is not in the other, but for plain contexts and definitions.
         `banned` are the prompts already used."""
         actions = self.actions["common"]
         objects = self.objects["refinement"]
@@ -366,7 +366,7 @@ class World:
         new_contexts = self.fictions[split] + cells(NEW_CONTEXTS)
         plan = {
             "combinations": (actions, objects, templates, contexts),    # new by `banned` alone
-            "objects": (actions, self.objects[split], templates, contexts),
+            "objects": (actions, self.objects[split], templates, contexts),     # and that class's
             "actions": (self.actions[split], objects, templates, contexts),
             "phrasings": (actions, objects, self.templates[split], contexts),
             "class": (actions, self.members[held_class], templates, contexts),
@@ -420,7 +420,7 @@ class World:
         lists = (later_actions, later_objects, templates)
         later = self.rough_requests("later", 400, lists, toxic=True, banned=used)
         later = [replace(e, answer=LATER_REFUSAL) for e in later]
-        rng = self.rng("general rest")
+        rng = self.rng("general rest")       # an old name: another would draw others
         general = [self.general(rng, "rehearsed") for _ in range(4000)]     # may repeat itself
         rng = self.rng("general new")
         general_heldout = self.distinct(200, lambda: self.general(rng, "heldout"))
@@ -436,7 +436,7 @@ def prompts_of(lists):
 PATTERN = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"     # a word takes the space before it along
 
 def word_tokenizer(texts, specials=("<|user|>", "<|assistant|>", "<|end|>")):
-    """Every word of `texts` is one token; any other word falls apart into bytes and words in it.
+    """Every word of `texts` is one token; any other falls apart into bytes, or nearly so.
     So a request to "kill" and one to "paint" differ in a single token."""
     words = set()
     for text in texts:
@@ -456,7 +456,7 @@ class Chat:
     encoding: tiktoken.Encoding
     template: tuple     # a user turn: special ids and texts between, one with "{user}" in it
     stop: int           # ends a response
-    size: int           # of the vocabulary: the model has no ids from here on (`load_tokenizer`)
+    size: int           # of the vocabulary: the model has no ids from here on (`read_tokenizer`)
     nfc: bool = False   # normalize text to NFC first, so that accents are composed: Qwen does
 
     def ids(self, text):
@@ -539,7 +539,7 @@ def parse_json(text, path, line=1):
         return json.loads(text)
     except json.JSONDecodeError as error:
         remedy = "correct that line or fetch the file again"
-        if error.msg == "Extra data":
+        if error.msg == "Extra data" and Path(path).suffix == ".json":
             remedy = "if each line is an object of its own, call the file .jsonl"
         raise ValueError(f"{path}: line {line + error.lineno - 1}: not JSON ({error.msg}); "
                          f"{remedy}") from None
@@ -662,7 +662,7 @@ def chat_format(folder, special):
     source = template_source(folder)
 
     def fits(form):
-        begins = form["start"] in source or "bos_token" in source
+        begins = form["start"] in source or "bos_token" in source        # or as a variable
         as_written = begins and form["opening"] in source
         return special.keys() >= set(form["special"]) and (as_written or not source)
 
@@ -743,12 +743,13 @@ def rows_of_json(value, path):
     """The rows of a JSON file: a list; or the list of prompts in {"instructions": [...], ...}, or
     the only list there is; or an object that is one row."""
     if isinstance(value, dict):
+        is_row = any(isinstance(value.get(name), str) for name in PROMPT_COLUMNS)
         lists = {name: rows for name, rows in value.items() if isinstance(rows, list)}
         named = [name for name in lists if name.lower().removesuffix("s") in PROMPT_COLUMNS]
-        if not named and len(lists) > 1:
-            raise ValueError(f"{path}: several lists, {', '.join(lists)}; keep one of them")
-        chosen = [*named, *lists][:1]
-        value = lists[chosen[0]] if chosen else [value]
+        chosen = named or list(lists)
+        if len(chosen) > 1 and not is_row:
+            raise ValueError(f"{path}: several lists, {', '.join(chosen)}; keep one of them")
+        value = lists[chosen[0]] if chosen and not is_row else [value]
     if not isinstance(value, list):
         raise ValueError(f'{path}: neither a list nor an object; write [{{"prompt": ...}}]')
     return [{"prompt": row} if isinstance(row, str) else row for row in value]
@@ -770,7 +771,7 @@ def read_prompts(path):
             text = cell.get(column)
             if not isinstance(text, str | None):
                 raise ValueError(f"{source}: {column!r} holds {text!r:.40}, not a text; write one")
-            return (text or "").encode(errors="replace").decode().strip()   # half a surrogate: "?"
+            return (text or "").encode(errors="replace").decode().strip()   # a lone surrogate: "?"
 
         columns = [column for column in PROMPT_COLUMNS if column in cell]
         if not columns:
@@ -809,7 +810,7 @@ PUBLISHED = {           # a file as its authors call it, in lower case: (name, l
     "alpaca_data.json": ("general", "general"),
 }
 # The proportions in which a benchmark is dealt to the stages: of the published files about as many
-# prompts. Both classes of refinement ask and command, or style would solve the contrastive loss. So
+# prompts. XSTest asks, AdvBench commands: style alone would tell refinement's classes apart. So
 # D_toxic is 225 prompts of three benchmarks, not 500 of one as in the paper.
 STAGES = ("refinement", "tuning", "dev", "suites")
 PLAN = {
@@ -906,7 +907,7 @@ def word_set(prompt):
     return frozenset(re.findall(r"\w+", prompt.lower()))
 
 def shuffled(items, purpose, seed):
-    """With a generator for each purpose: one more file moves no other's split."""
+    """In random order. A generator for each purpose: one more file moves no other's split."""
     return random.Random(f"{purpose} {seed}").sample(items, len(items))
 
 def deal(benchmarks, seed):

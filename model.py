@@ -2,7 +2,7 @@
 
 One architecture serves the miniature world and the checkpoints people use: pre-norm RMSNorm, rotary
 positions, grouped-query attention, SwiGLU, optional biases on q/k/v, optionally tied embeddings. It
-IS, with the right sizes, Llama, Qwen2, Qwen3 or SmolLM2, whose checkpoints the end of it reads.
+IS, with the right sizes, Llama, Qwen2, Qwen3 or SmolLM2, whose checkpoints this file reads.
 
 For the method of "Discern Truth from Falsehood" (arXiv 2603.03323, "the paper") there are
   * `model(tokens, upto=l)`: the residual stream after block l, with nothing computed above it;
@@ -64,7 +64,7 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat((-right, left), dim=-1) * sin
 
 class Attention(nn.Module):
-    """A token looks at those of its row, up to itself; with a Cache at what it stored, too."""
+    """A token looks at those of its row, up to itself; with a Cache, at those read before, too."""
 
     def __init__(self, c):
         super().__init__()
@@ -77,10 +77,10 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(c.head_width, c.norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x, rotary, cache=None):
-        heads = (-1, self.head_width)      # (B, T, heads * head_width) -> (B, heads, T, head_width)
-        q = self.q_norm(self.q_proj(x).unflatten(2, heads)).transpose(1, 2)
-        k = self.k_norm(self.k_proj(x).unflatten(2, heads)).transpose(1, 2)      # k, v: kv_heads
-        v = self.v_proj(x).unflatten(2, heads).transpose(1, 2)
+        split = (-1, self.head_width)     # x (B, T, width); q, k, v -> (B, heads, T, head_width)
+        q = self.q_norm(self.q_proj(x).unflatten(2, split)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).unflatten(2, split)).transpose(1, 2)      # k, v: kv_heads
+        v = self.v_proj(x).unflatten(2, split).transpose(1, 2)
         # Rotation is in fp32, and so are its results; under autocast v is bf16, and all must agree.
         q = rotate(q, *rotary).to(v.dtype)
         k = rotate(k, *rotary).to(v.dtype)
@@ -176,13 +176,12 @@ class GPT(nn.Module):
         return x
 
     @classmethod
-    def from_pretrained(cls, folder, context=None, device="cpu", dtype=torch.float32):
+    def from_pretrained(cls, folder, device="cpu", dtype=torch.float32):
         """The model of a Hugging Face folder (config.json, *.safetensors; of the model_types in
-        SUPPORTED), its matrices in `dtype`, norms and biases in fp32, its context at most `context`
-        (None: CONTEXT_CAP). ValueError, one line with file and remedy, for whatever is wrong with
-        the folder: other shapes than config.json has, or a weight that is not finite."""
+        SUPPORTED): matrices in `dtype`, norms and biases in fp32, context at most CONTEXT_CAP.
+        ValueError, one line with file and remedy, for whatever is wrong with the folder."""
         source = Path(folder) / "config.json"
-        config = read_config(source, context)
+        config = read_config(source)
         stored = read_weights(Path(folder))
         mixed = "use the config and weights of one checkpoint"
         need(config.blocks < len(stored), source, f"{config.blocks} blocks, too many", mixed)
@@ -201,16 +200,16 @@ class GPT(nn.Module):
             tensor = stored[hf_name(name)].to(device, dtype if p.dim() == 2 else torch.float32)
             need(tensor.isfinite().all(), folder, f"tensor {hf_name(name)} has NaN or infinity")
             loaded[name] = tensor.clone()                      # the file may be written over
-        model.load_state_dict(loaded, strict=False, assign=True)
+        model.load_state_dict(loaded, strict=False, assign=True)    # a tied head is not in it
         if config.tied:
             model.lm_head.weight = model.embed_tokens.weight
-        cos, sin = rotary_table(config)
+        cos, sin = rotary_table(config)                        # of "meta" they had no values
         model.cos = cos.to(device)
         model.sin = sin.to(device)
         return model
 
     def save_pretrained(self, folder):
-        """Write model.safetensors, then config.json: for here, and for transformers."""
+        """Write model.safetensors, then config.json with the context it was loaded with."""
         c = self.config
         family = "Qwen2" if c.qkv_bias else "Llama"
         if c.qk_norm:
@@ -248,8 +247,8 @@ class Cache:
         self.end = self.longest
 
     def advance(self, T):
-        """Claim T slots in every row: (B, T). A slot's number is its token's position. ValueError
-        for tokens beyond the room."""
+        """Claim T slots in every row, (B, T), and note what they see, for `extend`. A slot's number
+        is its token's position. ValueError for tokens beyond the room."""
         if self.end + T > self.room:
             raise ValueError(f"{self.end} + {T} tokens do not fit in a cache for {self.room}")
         device = self.next.device
@@ -350,14 +349,14 @@ def need(ok, file, problem, remedy="the copy is damaged or incomplete, make it a
     if not ok:
         raise ValueError(f"{file}: {problem}; {remedy}")
 
-def read_config(path, context=None):
-    """The GPTConfig of a config.json, its context at most `context` (None: CONTEXT_CAP)."""
+def read_config(path):
+    """The GPTConfig of a config.json, its context at most CONTEXT_CAP."""
     remedy = "give a local folder with config.json and *.safetensors"
     need(path.is_file(), path, "no such file", remedy)
     stored = read_json(path)
     need(isinstance(stored, dict), path, "not a JSON object")
-    older = stored.get("rope_scaling") or {}                   # rope settings, where older files
-    newer = stored.get("rope_parameters") or {}                # and where newer ones nest them
+    older = stored.get("rope_scaling") or {}                   # rope settings: older files
+    newer = stored.get("rope_parameters") or {}                # nest them here, newer ones here
     for nested in (older, newer):
         need(isinstance(nested, dict), path, f"rope settings are {nested!r}, not an object")
     hf = stored | older | newer                                # what is nested there joins the rest
@@ -376,7 +375,7 @@ def read_config(path, context=None):
     heads = number("num_attention_heads")
     defaults = {"num_key_value_heads": heads, "head_dim": number("hidden_size") // heads}
     sizes = {ours: int(number(theirs, defaults.get(theirs))) for ours, theirs in SIZES.items()}
-    sizes["context"] = min(sizes["context"], context or CONTEXT_CAP)
+    sizes["context"] = min(sizes["context"], CONTEXT_CAP)
     scaling = tuple(number(key) for key in LLAMA3) if hf["rope_type"] == "llama3" else ()
     return GPTConfig(**sizes, norm_eps=number("rms_norm_eps", 1e-6), rope_scaling=scaling,
                      rope_theta=number("rope_theta", 1e4), qkv_bias=hf["model_type"] == "qwen2",

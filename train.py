@@ -44,12 +44,12 @@ def knob(default, reason, least=0.0, most=1e30, choices=()):
 
 @dataclass(frozen=True)
 class Settings:
-    """Every knob, its default and its reason: the defaults ARE the experiment."""
+    """Every knob, its default, and its reason or meaning: the defaults ARE the experiment."""
     out: str = knob("out", "folder of checkpoints, results and figures; the same command goes on")
     seeds: int = knob(1, "how many seeds to run; five or more before believing a difference", 1)
-    methods: str = knob("STL,STL-aug,DCR", "what to compare: names from `run_seed`, or all")
+    methods: str = knob("STL,STL-aug,DCR", "what to compare: names from the README, or all")
     suite: int = knob(80, "prompts a half of a suite, at most", 1)
-    kernel: int = knob(4, "prompts a class to measure kernels on; time grows with the square")
+    kernel: int = knob(4, "prompts a class to measure kernels on, 2 or more; 0: none")
     curve: bool = knob(True, "measure refusals along tuning too, which takes a large model long")
     split: str = knob("held-out", "suites to evaluate on; choose settings on 'development' instead",
                       choices=("held-out", "development"))
@@ -58,7 +58,7 @@ class Settings:
     data: str = knob("", "folder of benchmark files, to use in place of the miniature world")
     seed: int = knob(0, "first seed: facts, splits, initial weights and batches all follow from it")
     device: str = knob("auto", "auto takes cuda if it is there", choices=("auto", "cpu", "cuda"))
-    dtype: str = knob("auto", "of matrix products; auto: bfloat16 on cuda, if the model is large",
+    dtype: str = knob("auto", "of matrix products; auto: bfloat16 on cuda with --init",
                       choices=("auto", "float32", "bfloat16"))
     scale: float = knob(1.0, "multiplies the steps of all stages; 0.02 takes seconds", 1e-6)
     longest: int = knob(256, "tokens a training sequence; longer answers are cut", 8)
@@ -79,9 +79,9 @@ class Settings:
     gamma: float = knob(32.0, "scale of the Circle loss: how hard hard pairs are pulled", 1e-3)
     centre: bool = knob(False, "subtract the base's mean state before the cosine; for large models")
     with_safe: bool = knob(True, "D_safe's prompts are known to be toxic: they join D_toxic")
-    hold: float = knob(3.0, "weight of the drift of D_seemingly's states; 0: do not hold it")
-    keep: float = knob(30.0, "weight of KL(base || model) on texts; not in the paper")
-    still: float = knob(3.0, "weight of the drift of states on texts; not in the paper")
+    hold: float = knob(3.0, "weight of D_seemingly's drift; at 0 it is not in the texts either")
+    keep: float = knob(30.0, "weight of KL(base || model) on texts, half of them D_seemingly's")
+    still: float = knob(3.0, "weight of the drift of states on the same texts")
 
     tune_steps: int = knob(800, "steps of safety tuning, every method the same", 1)
     tune_batch: int = knob(32, "exchanges a step", 1)
@@ -103,8 +103,8 @@ class Settings:
             if number and not about["least"] <= value <= about["most"]:     # nor is nan between
                 raise ValueError(f"{flag}: choose from {about['least']:g} to {about['most']:g}")
 
-    def weights(self):
-        """The dtype of matrices: half of the memory if they are frozen, and a LoRA learns."""
+    def weights_dtype(self):
+        """The dtype of matrices: bfloat16, half the memory, if a LoRA learns in both stages."""
         frozen = self.init and self.lora and self.refine_lora
         return torch.bfloat16 if frozen and self.dtype == "bfloat16" else torch.float32
 
@@ -116,7 +116,7 @@ class Settings:
             names = names[names.index("init"):names.index("layer")]
         free = ("out", "seeds", "methods")
         if stage:
-            free += ("kernel",)
+            free += ("kernel",)                          # measured of a model, no part of it
         return {name: getattr(self, name) for name in names if name not in free}
 
 # The defaults with --init, chosen on development prompts with SmolLM2-135M (see the README).
@@ -168,12 +168,11 @@ def moments(steps):
     return [steps * i // 50 for i in range(10)] + [steps * i // 10 for i in range(2, 11)]
 
 def train(name, model, parameters, loss, steps, lr, watch=None):
-    """Minimise loss(step), a scalar, over `parameters`.
+    """Minimise loss(step), a scalar, over `parameters` of the model.
     Returns a log: seconds, the GPU's peak memory in GB, if there is one, and a curve of what
-    watch() -> dict returned at the `moments`. RuntimeError if the loss is not finite."""
+    watch(model) -> dict returned at the `moments`. RuntimeError if the loss is not finite."""
     # no decay: weights that a stage does not need should stay the base's
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0,
-                                  fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0, fused=True)
     on_gpu = parameters[0].is_cuda
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -182,7 +181,7 @@ def train(name, model, parameters, loss, steps, lr, watch=None):
     bar = tqdm(range(steps), desc=name, leave=False)
     for step in bar:
         if watch and step in moments(steps):
-            curve.append({"step": step, **watch()})
+            curve.append({"step": step, **watch(model)})
         warm_up = min(1, (step + 1) / (0.05 * steps + 1))                # over 5 % of the steps
         decay = max(0.1, 1 - step / steps)                               # down to a tenth
         for group in optimizer.param_groups:
@@ -198,8 +197,8 @@ def train(name, model, parameters, loss, steps, lr, watch=None):
                     f"{name}: the loss is {value.item()} at step {step + 1}; lower its learning "
                     f"rate (now {lr}), with a new --out; finished stages are kept")
             bar.set_postfix_str(f"loss {value.item():.3f}")
-    if watch:
-        curve.append({"step": steps, **watch()})
+    if watch:                                            # the last moment is after the loop
+        curve.append({"step": steps, **watch(model)})
     log = {"seconds": time.time() - begin, "curve": curve}
     if on_gpu:
         log["gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
@@ -249,9 +248,9 @@ class Run:
 def pretrain(run):
     """The base: a GPT that learns the world's text by heart, in which every request is answered."""
     s = run.s
-    torch.manual_seed(run.s.seed)
+    torch.manual_seed(s.seed)
     config = GPTConfig(vocab_size=run.chat.size, width=s.width, blocks=s.blocks, heads=4,
-                       kv_heads=2, head_width=s.width // 8 * 2, hidden=3 * s.width)    # even
+                       kv_heads=2, head_width=s.width // 8 * 2, hidden=3 * s.width)   # rotary: even
     model = GPT(config).to(run.s.device)
     exchanges = run.exchanges(run.parts.pretraining, config.context)
     sequences = [(ids, 1) for ids, _ in exchanges]       # 1: prompts are learnt, not answers alone
@@ -272,7 +271,7 @@ def sft_loss(model, sequences, run):
 
 def refine(name, base, run, s, shuffled=False):
     """Stage 1, contrastive refinement: part harmless from toxic prompts at block l, tail frozen.
-    `s` is run.s or a variant. `shuffled` is the control: the same prompts, the truth destroyed."""
+    `s` is run.s or a variant. `shuffled` is the control: labels at random, all else the same."""
     model = copy.deepcopy(base)
     lower = model.layers[:s.layer]      # no embeddings: a word that moved would move in any context
     trained = unfreeze(model, lower, s.refine_lora, run.rng("LoRA of refinement"))
@@ -289,8 +288,8 @@ def refine(name, base, run, s, shuffled=False):
     seemingly = [run.chat.prompt(e.prompt) for e in seemingly]           # lists of ids from here on
     toxic = [run.chat.prompt(e.prompt) for e in toxic]
     general = run.exchanges(run.parts.general, base.config.context)
-    # Without exchanges of D_seemingly, words that both classes use would be mixed up
-    known = run.exchanges(answered(base, run), base.config.context) if s.hold else general
+    # D_seemingly's exchanges: without them, words that both classes use would be mixed up
+    lookalikes = run.exchanges(answered(base, run), base.config.context) if s.hold else general
     half = s.refine_batch // 2
     labels = torch.tensor([0] * half + [1] * half, device=run.s.device)    # 0 harmless, 1 toxic
     with torch.no_grad(), run.autocast():
@@ -299,7 +298,7 @@ def refine(name, base, run, s, shuffled=False):
     def loss(step):
         rng = run.rng("refinement", step)
         prompts = rng.choices(seemingly, k=half) + rng.choices(toxic, k=half)    # balanced
-        sequences = rng.choices(general, k=half) + rng.choices(known, k=half)
+        sequences = rng.choices(general, k=half) + rng.choices(lookalikes, k=half)
         tokens, targets = collate(sequences, run.s.device)               # (B, T) each
         with run.autocast():
             return refinement_loss(model, base, prompts, labels, tokens, targets, mean, s)
@@ -311,7 +310,7 @@ def refine(name, base, run, s, shuffled=False):
 def tune(name, start, run, extra=(), later=False):
     """Stage 2, safety tuning: general exchanges and a share of refusals (D_safe).
     `extra` has pairs (Examples, rows): so many rows of them, in the mean, are added to every batch.
-    `later`: somebody else tunes it on, with other toxic prompts, another refusal, no D_seemingly."""
+    `later`: somebody else tunes it on: other toxic prompts, another refusal, no D_seemingly."""
     s = run.s
     context = start.config.context
     purpose = "later" if later else "tuning"
@@ -329,15 +328,15 @@ def tune(name, start, run, extra=(), later=False):
         for _ in range(s.tune_batch):
             source = safe if rng.random() < s.refusals else general
             batch.append(rng.choice(source))
-        rng = run.rng("extra", step)                     # another: the rows above stay the same
+        rng = run.rng("extra", step)                     # drawn apart from the rows above
         for source, rows in added:
             whole = int(rows + rng.random())             # of 2.3 rows: 2, or 3 in 3 of 10 steps
             batch += rng.choices(source, k=whole)
         return sft_loss(model, batch, run)
 
-    def watch():
+    def watch(model):
         with run.autocast():
-            return evaluation.three_classes(model, run.chat, run.parts, s.suite // 2)
+            return evaluation.three_classes(model, run.chat, run.parts, (s.suite + 1) // 2)
 
     log = train(name, model, trained, loss, steps, s.tune_lr, watch if s.curve else None)
     merge_lora(model)
@@ -368,8 +367,8 @@ def surgical(stl, run):
     """Surgical (Wang et al. 2024, arXiv 2410.03415): take false refusals out of a tuned model.
     Let w be the mean state of refused benign prompts less that of answered general ones, and r the
     same of toxic prompts. Made orthogonal to r, w is what only false refusals have. No matrix that
-    writes to the stream may write along w: W <- W - w w^T W. Each block has such a w; the best one
-    leaves the fewest refusals of other benign prompts and hardly changes general answers."""
+    writes to the stream may write along w: W <- W - w w^T W. Each of the lower 80 % of blocks has
+    such a w; the best leaves the fewest false refusals of other prompts, and few other changes."""
     begin = time.time()
     stl = stl.float()                                    # linear algebra wants all digits
     blocks = stl.config.blocks
@@ -415,7 +414,7 @@ def finished(run, name, make):
     """(model, log) of a stage: from its checkpoint if there is one, else make() -> (model, log)."""
     folder = run.folder / name
     if (folder / "config.json").exists():      # save_pretrained writes it last: the rest is there
-        model = GPT.from_pretrained(folder, device=run.s.device, dtype=run.s.weights())
+        model = GPT.from_pretrained(folder, device=run.s.device, dtype=run.s.weights_dtype())
         return model, read_json(folder / "log.json")
     model, log = make()
     write_json(folder / "log.json", log | origin(run.s.fixed(name), run.s.device))
@@ -480,7 +479,7 @@ def run_seed(run, results):
     def stage(name):
         start, make = recipes[name]
         if name == "base" and s.init:                    # not copied
-            model = GPT.from_pretrained(s.init, device=s.device, dtype=s.weights())
+            model = GPT.from_pretrained(s.init, device=s.device, dtype=s.weights_dtype())
             log = {"seconds": 0.0, "curve": []}
         else:
             model, log = finished(run, name, lambda: make(stage(start) if start else None))
@@ -601,8 +600,8 @@ def run_all(s):
     """Every stage of every seed, with results.json and the checkpoints in --out."""
     s = resolve(s)
     out = Path(s.out)
-    results = open_results(s)
     held = lock(out)                                     # as long as this name has it
+    results = open_results(s)
     for seed in range(s.seed, s.seed + s.seeds):
         if s.data:
             parts = load_folder(s.data, seed, evaluation.is_refusal, s.suite)

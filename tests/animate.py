@@ -39,7 +39,7 @@ def film(stage, run, classes):
 
     def filmed(name, model, parameters, loss, steps, lr, watch=None):
         @torch.no_grad()
-        def look():
+        def look(model):
             return {"states": last_states(model, ids, run.s.layer).float().cpu(),
                     "refusal": evaluation.refusal_probability(model, run.chat, prompts)}
 
@@ -135,8 +135,9 @@ def main(argv=None):
     s = train.Settings(**{name: value for name, value in settings.items() if name in names})
     s = dataclasses.replace(s, seed=given.seed)
     parts = World(given.seed).parts(s.suite, s.narrow)
+    parts = dataclasses.replace(parts, seemingly=parts.seemingly[:s.seemingly or None])
     run = train.Run(s, folder, parts, world_chat(parts))
-    base = GPT.from_pretrained(folder / "base")
+    base = GPT.from_pretrained(folder / "base", device=s.device)
     classes = evaluation.prompt_classes(parts, PROMPTS)
     panels = scenes(run, base, classes)
     flatten(panels)

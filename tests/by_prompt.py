@@ -46,10 +46,14 @@ def rate(refused):
 
 
 def less(method, rival):
-    """The mean difference over the prompts that both were asked, in points, with its interval."""
+    """How much more `method` refuses than `rival`: the mean over the prompts that both were asked, in points,
+    with its interval; "-" if there is none."""
     both = sorted(method.keys() & rival.keys())
+    if not both:
+        return "-"
     difference = 100 * np.array([float(method[key]) - float(rival[key]) for key in both])
-    draws = np.random.default_rng(0).choice(difference, (10_000, len(difference))).mean(1)
+    rng = np.random.default_rng(0)
+    draws = [rng.choice(difference, len(difference)).mean() for _ in range(10_000)]     # one at a time, for memory
     low, high = np.quantile(draws, (0.025, 0.975))
     return f"{difference.mean():+.1f} [{low:.1f}, {high:.1f}]"
 
@@ -76,7 +80,7 @@ def tables(out, xstest=None):
             line = []
             for m in methods:
                 both = found["XSTest", "benign"][m] | found["XSTest", "toxic"][m]
-                line.append([not refused for (_, prompt), refused in both.items() if kind_of[prompt] == kind])
+                line.append([not refused for (_, prompt), refused in both.items() if kind_of.get(prompt) == kind])
             if any(line):
                 most = max(map(len, line))
                 lines.append([kind, str(most), *[f"{100 * np.mean(answered):.0f}" for answered in line]])

@@ -18,8 +18,8 @@ ones (general). With h_l the state after block l at the last token of a prompt, 
 
 in the middle third of the blocks, at the prompt's last token and all that follow. A block counts to
 a third in which it lies in part: of 4 blocks 2 and 3 steer, 2, 3 and 4 judge. The authors' alpha,
-3.5 to 4, is in the units of their models' states; n_l makes it a share of the length of ours. The
-defaults answered most of what refused 95 % in a --grid over development seeds 100, 101 and 105."""
+3.5 to 4, is in the units of their models' states; n_l makes it a share of the length of ours. Of the
+settings that refused 95 % in a --grid over development seeds 100, 101 and 105, the defaults answered most."""
 import argparse
 import contextlib
 import dataclasses
@@ -54,7 +54,7 @@ class SCANS:
     def __init__(self, model, chat, parts):
         self.model = model
         self.chat = chat
-        self.begins = chat.prompt("")[-1]                        # the token that ends every prompt
+        self.last_of_prompt = chat.prompt("")[-1]                        # the token that ends every prompt
         blocks = model.config.blocks
         first = blocks // 3 + 1
         self.steers = range(first, math.ceil(2 * blocks / 3) + 1)
@@ -93,7 +93,7 @@ class SCANS:
             tokens = inputs[0]                                   # (B, T)
             cache = keywords.get("cache")
             if cache is None or cache.end == 0:                  # reads prompts: from their end on
-                self.due = (tokens == self.begins).cumsum(1) > 0             # (B, T)
+                self.due = (tokens == self.last_of_prompt).cumsum(1) > 0             # (B, T)
             else:                                                # reads answers: everywhere
                 self.due = torch.ones_like(tokens, dtype=torch.bool)
 
@@ -171,7 +171,7 @@ def measure(models, alphas, thresholds):
     stl = []
     scans = {pair: [] for pair in itertools.product(alphas, thresholds)}
     for folder, s, seed, stored in models:
-        parts = World(seed).parts(s.suite, s.narrow)             # as in train.run_all
+        parts = World(seed).parts(s.suite, s.narrow)
         if s.split == "development":
             parts = dataclasses.replace(parts, suites=parts.dev)
         run = train.Run(dataclasses.replace(s, seed=seed), folder.parent, parts, world_chat(parts))

@@ -75,7 +75,7 @@ def test_share_deals_everything_once():
     dealt = share("abcdefgh", random.Random(0), dev=2, new=3, common=None)
     assert [len(dealt[part]) for part in ("dev", "new", "common")] == [2, 3, 3]
     assert sorted(sum(dealt.values(), [])) == list("abcdefgh")
-    example = share("abcde", random.Random(0), dev=1, new=2, common=None)           # of its docstring
+    example = share("abcde", random.Random(0), dev=1, new=2, common=None)           # in this order: splits depend on it
     assert example == {"dev": ["d"], "new": ["e", "a"], "common": ["b", "c"]}
 
 

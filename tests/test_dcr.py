@@ -2,7 +2,7 @@
 constants, and nothing that should not matter does; the objective of refinement is the sum it says, and its
 three retention terms vanish at the base.
 
-Every test of the loss is run twice: with all anchors of a class in one strip, and in strips of 5."""
+Every test is run twice: with all anchors of a class in one strip, and in strips of 5."""
 import copy
 import dataclasses
 import functools
@@ -72,12 +72,13 @@ def test_circle_loss_is_its_definition_pair_by_pair(m, gamma, classes):
 
 @pytest.mark.parametrize("m, gamma, value", [(0.25, 256.0, 176.0280751016), (0.4, 80.0, 39.4087734693)])
 def test_golden_values(m, gamma, value):
-    """From another implementation: five unit vectors 20 degrees apart, the last one alone in its class."""
+    """From pytorch-metric-learning: five unit vectors 20 degrees apart, the last one alone in its class."""
     loss = circle_loss(at_angles(0, 20, 40, 60, 80), torch.tensor([0, 0, 1, 1, 2]), margin=m, gamma=gamma)
     assert loss.item() == pytest.approx(value, abs=1e-9)
 
 
 def test_golden_gradient_by_angle():
+    """Of the same five vectors, from pytorch-metric-learning."""
     angles = (torch.tensor([0, 20, 40, 60, 80.0], dtype=torch.float64) * math.pi / 180).requires_grad_()
     features = torch.stack((angles.cos(), angles.sin()), 1)
     circle_loss(features, torch.tensor([0, 0, 1, 1, 2]), margin=0.4, gamma=80.0).backward()
@@ -220,8 +221,8 @@ def test_neither_value_nor_gradient_overflows(gamma):
 
 
 def test_solved_pairs_exert_no_pull():
-    """Equal within a class, opposite between: s_n < -m has weight 0, and then s_p = 1 pulls at nothing."""
-    features = torch.tensor([[1.0, 0], [1, 0], [-1, 0], [-1, 0]], requires_grad=True)
+    """Equal within a class, and s_n = -1/2 < -m between, which has weight 0; at s_p = 1 a cosine is flat."""
+    features = at_angles(0, 0, 120, 120).requires_grad_()
     circle_loss(features, torch.tensor([0, 0, 1, 1])).backward()
     assert features.grad.abs().max() < 1e-6
 

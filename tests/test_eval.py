@@ -492,7 +492,7 @@ def test_every_trained_method_answers_what_it_is_asked(model, tmp_path):
     world = World(3).parts()
     torch.manual_seed(0)
     model = GPT(dataclasses.replace(model.config, vocab_size=world_chat(world).size))
-    results = made_up((3,)) | {"settings": {"split": "held-out", "init": ""}}
+    results = made_up((3,)) | {"settings": {"split": "held-out", "init": "", "max_new": 8}}
     (tmp_path / "results.json").write_text(json.dumps(results))
     assert "seed-3: no models; make them with python train.py" in ask(tmp_path, "Hi?").stderr
     for name in ("STL", "DCR", "refined"):                                          # no method of the tables

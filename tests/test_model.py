@@ -332,8 +332,10 @@ def test_a_copy_of_the_tied_head_and_files_beside_model_safetensors_are_ignored(
 
 
 def test_the_context_is_capped(tmp_path):
-    tiny(context=4096).save_pretrained(tmp_path)
-    assert [GPT.from_pretrained(tmp_path, n).config.context for n in (None, 100, 9999)] == [2048, 100, 4096]
+    """A config.json often allows far more than fits in memory."""
+    for context, kept in ((4096, 2048), (100, 100)):
+        tiny(context=context).save_pretrained(tmp_path)
+        assert GPT.from_pretrained(tmp_path).config.context == kept
 
 
 # Ways to spoil a good folder: each takes what to change and returns a function of the folder.

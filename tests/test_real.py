@@ -246,6 +246,7 @@ def test_real_checkpoint_agrees_on_thousands_of_strings():
      [("Hi, you", None, False, "row 1"), ("two\nlines", None, True, "row 2")]),
     ("a.csv", "goal,target\r\nbake a cake,Sure\r\n", [("bake a cake", None, False, "row 1")]),
     ("a.csv", "\ufeffquestion,Answer\nWhy?,So.\n", [("Why?", "So.", False, "row 1")]),
+    ("a.json", '{"prompt": "One", "tags": ["x", "y"]}', [("One", None, False, "row 1")]),
     ("a.json", '{"n": 2, "instructions": ["One", "Two"]}',
      [("One", None, False, "row 1"), ("Two", None, False, "row 2")]),
     ("a.json", '[{"instruction": "Add", "input": "1 2", "output": "3"}, {"instruction": "Go", "input": ""}]',
@@ -289,6 +290,8 @@ def test_each_format_is_read(name, text, rows, tmp_path):
     ("a.json", b"5", "neither a list nor an object"),
     ("a.json", b"null", "neither a list nor an object"),
     ("a.json", b'{"train": ["a"], "test": ["b"]}', "several lists, train, test; keep one"),
+    ("a.json", b'{"instructions": ["a"], "questions": ["b"]}', "several lists, instructions, questions; keep one"),
+    ("a.jsonl", b'{"prompt": "x"}{"prompt": "y"}', "line 1: not JSON (Extra data); correct that line"),
     ("a.json", b'[{"prompt": ["hi"]}]', "row 1: 'prompt' holds ['hi'], not a text"),
     ("a.json", b'[{"prompt": {"text": "hi"}}]', "row 1: 'prompt' holds {'text': 'hi'}, not a text"),
     ("a.json", b'[{"prompt": "x", "output": NaN}]', "row 1: 'output' holds nan, not a text"),
@@ -647,7 +650,7 @@ def test_a_prompt_too_long_for_the_checkpoint_is_named_before_any_training(tmp_p
     with pytest.raises(ValueError, match=r"mine\.benign\.txt: line 2: \d+ tokens and .* of 128; shorten"):
         train.main(["--init", str(folder), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"),
                     "--layer=1", "--device=cpu", "--max-new=4"])
-    assert not (tmp_path / "out" / "seed-0" / "STL.state").exists()
+    assert not (tmp_path / "out" / "seed-0" / "STL").exists()
 
 
 def test_real_files_are_dealt_out_as_planned():

@@ -76,7 +76,7 @@ def test_every_token_of_an_answer_is_steered(steering, model, chat, parts):
     where a broken model writes, in some rows of a batch, the token that ends prompts."""
     prompts = [chat.prompt(e.prompt) for e in parts.toxic[:4]]
     with torch.no_grad():
-        model.lm_head.weight[steering.begins] *= 1.5             # at times it is the likeliest
+        model.lm_head.weight[steering.last_of_prompt] *= 1.5             # at times it is the likeliest
     with steering.steered(1.0):
         answers = generate(model, prompts, 8, stop=-1)
         for ids, answer in zip(prompts, answers):
@@ -84,7 +84,7 @@ def test_every_token_of_an_answer_is_steered(steering, model, chat, parts):
             for _ in range(8):
                 naive.append(model(torch.tensor([naive]))[0, -1].argmax().item())
             assert answer == naive[len(ids):]
-    broken = [steering.begins in answer for answer in answers]
+    broken = [steering.last_of_prompt in answer for answer in answers]
     assert any(broken) and not all(broken)
 
 

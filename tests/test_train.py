@@ -242,8 +242,8 @@ def test_shuffled_labels_keep_the_prompts_and_the_sizes_and_lose_the_truth(with_
     assert control[0] & benign and control[0] & toxic
 
 
-@pytest.mark.parametrize("rank, lr", [(0, 1e-2), (8, 1e-2)])
-def test_refinement_parts_the_classes(model, run, parts, rank, lr):
+@pytest.mark.parametrize("rank", [0, 8])
+def test_refinement_parts_the_classes(model, run, parts, rank):
     """The one thing it is for: less alike between the classes than within, about the base's mean state."""
     def states(model, examples):
         return last_states(model, [run.chat.prompt(e.prompt) for e in examples], 1)
@@ -254,7 +254,7 @@ def test_refinement_parts_the_classes(model, run, parts, rank, lr):
         toxic = F.normalize(states(model, parts.toxic) - centre, dim=1)
         within = ((benign @ benign.T).mean() + (toxic @ toxic.T).mean()) / 2
         return within - (benign @ toxic.T).mean()
-    s = dataclasses.replace(run.s, refine_steps=200, refine_lr=lr, keep=0.0, still=0.0, hold=0.0,
+    s = dataclasses.replace(run.s, refine_steps=200, refine_lr=1e-2, keep=0.0, still=0.0, hold=0.0,
                             refine_lora=rank)
     refined, _ = refine("refined", model, run, s)
     assert gap(model) < 0.1
@@ -391,7 +391,8 @@ def small_parts(seed):
 
 @pytest.fixture(scope="module")
 def small_world():
-    """The command with the miniature world cut down: its flags, less --out."""
+    """The command with the miniature world cut down: its flags, less --out. From its first use on
+    `train.World` is the small one in this file."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "World", lambda seed: SimpleNamespace(parts=lambda *how: small_parts(seed)))
         yield [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
@@ -428,7 +429,7 @@ def test_the_same_command_goes_on_where_it_was_killed(small_world, finished, tmp
     """Killed in the fifth stage that trains: four finished ones are kept, the rest ends as if undisturbed."""
     command = [*small_world, "--out", str(tmp_path)]
     with monkeypatch.context() as patch:
-        killed_at(6 * 4 + 3, patch)
+        killed_at(4 * TINY["tune_steps"] + 3, patch)         # of all stages alike
         with pytest.raises(Killed):
             train.main(command)
     labels = trained_stages(monkeypatch)
@@ -730,7 +731,7 @@ def test_every_default_is_within_its_range():
         parse(argv).check()
 
 
-def test_what_auto_and_layer_0_stand_for_is_resolved_before_anything_is_compared():
+def test_layer_0_and_dtype_auto_are_resolved():
     s = train.resolve(parse(["--device=cpu", "--layer=0"]))
     assert (s.device, s.dtype, s.layer) == ("cpu", "float32", 2)
 
@@ -768,7 +769,7 @@ def broken_results(folder):
 
 
 @pytest.mark.parametrize("make, says", [
-    (lambda folder: ["--init", str(folder / "nothing")], "nothing"),
+    (lambda folder: ["--init", str(folder / "nothing")], "nothing/config.json: no such file"),
     (malformed, "mine.benign.csv: row 1: no valid CSV"),
     (broken_results, "results.json: line 1: not JSON"),
 ])

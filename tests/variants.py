@@ -5,8 +5,10 @@
 The first word names the variant, the rest is for train.py; each variant needs an --out of its own.
 
   supcon       another contrastive loss in place of the Circle loss (Khosla et al. 2020, arXiv 2004.11362)
-  mean         h_x is the mean state over the prompt, in place of that at its last token
+  mean         h_x of refinement is the mean state over the prompt, in place of that at its last token
+               (not for Surgical, which would take it too; `misfiled` is still of the last token)
   qkv          the LoRA of safety tuning sits on queries, keys and values, in place of all linear maps
+               (with --init that of refinement as well)
   all-tokens   safety tuning learns to predict the prompt as well, in place of the response alone
 
 The paper leaves the first two open to the reader. The last two are what its authors' code is said to do."""
