@@ -156,8 +156,8 @@ def refinement_loss(model, base, prompts, labels, tokens, targets, mean, s):
     """What refinement minimises on one batch, a scalar:
 
         Circle loss of h_x  +  hold * drift of h_x, harmless prompts
-                            +  still * drift of h, texts
-                            +  keep * KL(base || model), texts
+                            +  still * drift of h, texts to hold
+                            +  keep * KL(base || model), texts to hold
 
     The first term is the paper's. The others are ours, they hold what is harmless where the base
     has it (`drift` and `forgetting` are below). A cosine is blind to length: with the first term
@@ -265,7 +265,7 @@ def products_of_call(module, a, B):
     if isinstance(module, RMSNorm):               # u = weight * a / rms(a): dr/dweight is a sum
         width = a.shape[-1]
         unit = F.rms_norm(a.float(), (width,), eps=module.eps)
-        by_token = (B * unit[:, None]).view(n, k, -1, width)             # -1: T; q, k: T * heads
+        by_token = (B * unit[:, None]).view(n, k, -1, width)     # -1: T, T * heads, at the end 1
         g = by_token.sum(2)                                              # (n, k, width)
         return torch.einsum("ipw,jqw->ijpq", g, g)
     if isinstance(module, nn.Embedding):          # a linear map of one-hot vectors; a (n, T) ids

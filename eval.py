@@ -136,7 +136,7 @@ def evaluate(model, chat, parts, s):
     """Rows, [{suite, kind, metric, value, n}], and responses of one model, [{suite, kind, prompt,
     answer, response, refusal_probability}]; `answer` is the right one, where it is known.
     suite   one of parts.suites; "all", which pools them; "general"; "D_safe"; a pair of classes
-    kind    the half of the suite, of "all" "benign", else "general"
+    kind    the half of the suite ("benign" for "all"), else "general"
     n       prompts; for auc and compliance_at_95_defense benign ones; of a pair, the smaller class
     `s` is train.Settings; read are max_new, longest, layer, centre and kernel."""
     general = parts.general_heldout
@@ -222,8 +222,8 @@ def misfiled(model, chat, parts, s):
     for name in ("seemingly", "toxic", "safe"):
         prompts = [chat.prompt(e.prompt) for e in vars(parts)[name][:500]]  # 500 are enough
         states[name] = last_states(model, prompts, s.layer)                 # (n, width)
-    mean = 0                    # of this model, without D_safe: refinement had the base's
-    if s.centre:
+    mean = 0
+    if s.centre:                                        # here this model's mean, not the base's
         mean = torch.cat([states["seemingly"], states["toxic"]]).mean(0)
     unit = {name: F.normalize(h - mean, dim=1) for name, h in states.items()}
     harmless = F.normalize(unit["seemingly"].mean(0), dim=0)                # (width,)
@@ -386,7 +386,7 @@ def kernel_table(results, done):
     return f"kernel similarity of {min(counts.values())} prompts a class\n\n{markdown(zip(*lines))}"
 
 def show_examples(out):
-    """Prompts of the first seed and all answers, x where wrongly refused or not, DCR's first."""
+    """Prompts of the first seed and all answers, x at each wrong refusal or answer, DCR's first."""
     answers = {}
     for folder in sorted(out.glob("seed-*/responses"), key=lambda f: int(f.parent.name[5:]))[:1]:
         paths = [folder / f"{method}.jsonl" for method in METHODS]

@@ -288,7 +288,7 @@ def refine(name, base, run, s, shuffled=False):
     seemingly = [run.chat.prompt(e.prompt) for e in seemingly]           # lists of ids from here on
     toxic = [run.chat.prompt(e.prompt) for e in toxic]
     general = run.exchanges(run.parts.general, base.config.context)
-    # D_seemingly's exchanges: without them, words that both classes use would be mixed up
+    # Without exchanges of D_seemingly, as at --hold 0, words that both classes use are mixed up
     lookalikes = run.exchanges(answered(base, run), base.config.context) if s.hold else general
     half = s.refine_batch // 2
     labels = torch.tensor([0] * half + [1] * half, device=run.s.device)    # 0 harmless, 1 toxic

@@ -53,7 +53,9 @@ def less(method, rival):
         return "-"
     difference = 100 * np.array([float(method[key]) - float(rival[key]) for key in both])
     rng = np.random.default_rng(0)
-    draws = [rng.choice(difference, len(difference)).mean() for _ in range(10_000)]     # one at a time, for memory
+    draws = []
+    for _ in range(10_000):                                         # one at a time, for memory
+        draws.append(rng.choice(difference, len(difference)).mean())
     low, high = np.quantile(draws, (0.025, 0.975))
     return f"{difference.mean():+.1f} [{low:.1f}, {high:.1f}]"
 
@@ -80,7 +82,11 @@ def tables(out, xstest=None):
             line = []
             for m in methods:
                 both = found["XSTest", "benign"][m] | found["XSTest", "toxic"][m]
-                line.append([not refused for (_, prompt), refused in both.items() if kind_of.get(prompt) == kind])
+                answered = []
+                for (_, prompt), refused in both.items():
+                    if kind_of.get(prompt) == kind:
+                        answered.append(not refused)
+                line.append(answered)
             if any(line):
                 most = max(map(len, line))
                 lines.append([kind, str(most), *[f"{100 * np.mean(answered):.0f}" for answered in line]])

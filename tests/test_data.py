@@ -75,7 +75,8 @@ def test_share_deals_everything_once():
     dealt = share("abcdefgh", random.Random(0), dev=2, new=3, common=None)
     assert [len(dealt[part]) for part in ("dev", "new", "common")] == [2, 3, 3]
     assert sorted(sum(dealt.values(), [])) == list("abcdefgh")
-    example = share("abcde", random.Random(0), dev=1, new=2, common=None)           # in this order: splits depend on it
+    example = share("abcde", random.Random(0), dev=1, new=2, common=None)
+    # in this order: the splits of every seed depend on it
     assert example == {"dev": ["d"], "new": ["e", "a"], "common": ["b", "c"]}
 
 
@@ -288,8 +289,9 @@ print(hashlib.sha256(repr((parts, ids)).encode()).hexdigest())
 
 
 def test_the_base_reads_how_requests_sound_and_hardly_what_they_do(whole):
-    """Bases that read much about harm know it where a prompt ends, and plain tuning hardly over-refuses them."""
-    remarks = [text for text in whole.pretraining if isinstance(text, str) and text.startswith("Someone asks: ")]
+    """Bases that read much about harm know it where a prompt ends: plain tuning then hardly over-refuses."""
+    plain_texts = [text for text in whole.pretraining if isinstance(text, str)]
+    remarks = [text for text in plain_texts if text.startswith("Someone asks: ")]
     assert 0.13 < len(remarks) / len(whole.pretraining) < 0.17
     assert all(re.search(r"It sounds (rough|mild)\.$", remark) for remark in remarks)
     on_harm = [text for text in whole.pretraining if not isinstance(text, str) and "hurt" in text.prompt]
