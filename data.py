@@ -889,8 +889,7 @@ def load(folder, is_refusal):
 
 def label_of(filename, marked):
     """(name, label) of a file by its name. If that does not tell, but rows are `marked` as toxic,
-    as in XSTest, the others are benign; else ValueError: a wrong guess would teach refusals to the
-    wrong prompts."""
+    as in XSTest, the others are benign; else ValueError: a wrong guess teaches wrong refusals."""
     name, *marks = filename.split(".")                      # "mine.benign.csv": benign, csv
     if filename.lower() in PUBLISHED:
         return PUBLISHED[filename.lower()]
@@ -986,8 +985,7 @@ def as_question(command, rng):
     return opening + command[0].lower() + command[1:].rstrip(".!") + "?"
 
 def apart_by_suite(stage, used, limit):
-    """The suites {name: {label: [Example]}} of one stage, at most `limit` prompts in a half, each
-    apart from used[label]."""
+    """One stage's suites {name: {label: [Example]}}, of `limit` at most, apart from used[label]."""
     suites = defaultdict(dict)
     for (name, label), examples in stage.items():
         kept = apart_from(used[label], examples, limit)

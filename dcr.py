@@ -155,13 +155,13 @@ def exponentials(t, itself=None):
 def refinement_loss(model, base, prompts, labels, tokens, targets, mean, s):
     """What refinement minimises on one batch, a scalar:
 
-        Circle loss of h_x  +  hold * drift of h_x, harmless prompts
+        Circle loss of h_x  +  hold * (drift of h_x, harmless prompts  +  of its length, toxic ones)
                             +  still * drift of h, texts to hold
                             +  keep * KL(base || model), texts to hold
 
-    The first term is the paper's. The others are ours, they hold what is harmless where the base
-    has it (`drift` and `forgetting` are below). A cosine is blind to length: with the first term
-    alone both classes are thrown far out, and the tuning that follows joins them again.
+    The first term is the paper's. The others are ours (`drift` and `forgetting` are below): what is
+    harmless stays where the base has it, and what is toxic turns away without growing. A cosine is
+    blind to length: left free, toxic states grow severalfold, and tuning then hardly moves them.
 
     model, base     the GPT that is refined, and the GPT from which it started
     prompts         lists of token ids, half of them of each class
@@ -171,14 +171,17 @@ def refinement_loss(model, base, prompts, labels, tokens, targets, mean, s):
                     the cosine (if s.centre), and of the sizes by which `drift` divides
     s               `train.Settings`; read here: layer, margin, gamma, centre, hold, still, keep"""
     l = s.layer
+    origin = mean if s.centre else 0
     states = last_states(model, prompts, l)                              # (n, width): h_x
-    features = states - mean if s.centre else states
-    loss = circle_loss(features, labels, margin=s.margin, gamma=s.gamma)
+    loss = circle_loss(states - origin, labels, margin=s.margin, gamma=s.gamma)
     if s.hold:
         harmless = labels == 0
         with torch.no_grad():
             base_states = last_states(base, prompts, l)
         loss = loss + s.hold * drift(states[harmless], base_states[harmless], mean)
+        lengths = (states - origin)[~harmless].norm(dim=1)               # (n / 2,)
+        base_lengths = (base_states - origin)[~harmless].norm(dim=1)
+        loss = loss + s.hold * drift(lengths, base_lengths, 0)
     if not (s.still or s.keep):
         return loss
     inside = targets >= -1                       # (B, T): prompts (-1) too, but not padding (-2)
@@ -195,7 +198,7 @@ def refinement_loss(model, base, prompts, labels, tokens, targets, mean, s):
     return loss
 
 def drift(hidden, base_hidden, origin):
-    """How far states (n, d) moved: ||h - h_base||^2 / ||h_base - origin||^2, each a sum."""
+    """How far states (n, d) or lengths (n,) went: ||h - h_base||^2 / ||h_base - origin||^2, sums."""
     moved = (hidden - base_hidden).square().sum()
     size = (base_hidden - origin).square().sum()
     return moved / size

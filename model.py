@@ -226,12 +226,11 @@ class GPT(nn.Module):
         write_json(Path(folder) / "config.json", hf)
 
 class Cache:
-    """Keys and values of a batch of prompts: a new token then costs one position, not the sequence.
+    """Keys and values of a batch of prompts: a new token costs one position. Used under no_grad.
     Shorter prompts are filled up on the RIGHT: attention looks back, so no token sees the padding.
     Row b writes its next token at slot lengths[b], over the padding, and sees the slots up to it.
     Lengths 2 and 3, room for 5:   p p . _ _  ->  p p n n _    two new tokens each, in slots 2, 3
-                                   p p p _ _  ->  p p p n n                         and in 3, 4
-    For use under no_grad."""
+                                   p p p _ _  ->  p p p n n                         and in 3, 4"""
 
     def __init__(self, lengths, room, device):
         self.room = room                                       # slots in each row

@@ -79,7 +79,7 @@ class Settings:
     gamma: float = knob(32.0, "scale of the Circle loss: how hard hard pairs are pulled", 1e-3)
     centre: bool = knob(False, "subtract the base's mean state before the cosine; for large models")
     with_safe: bool = knob(True, "D_safe's prompts are known to be toxic: they join D_toxic")
-    hold: float = knob(3.0, "weight of D_seemingly's drift; at 0 it is not in the texts either")
+    hold: float = knob(3.0, "of D_seemingly's drift and D_toxic's growth; at 0 texts are all general")
     keep: float = knob(30.0, "weight of KL(base || model) on texts, half of them D_seemingly's")
     still: float = knob(3.0, "weight of the drift of states on the same texts")
 

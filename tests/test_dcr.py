@@ -349,7 +349,7 @@ def test_drift_of_a_worked_example():
 
 @pytest.mark.parametrize("centre", [False, True])
 @pytest.mark.parametrize("keep, hold", [(10.0, 2.0), (10.0, 0.0), (0.0, 2.0), (0.0, 0.0)])
-def test_the_objective_is_the_circle_loss_and_three_terms_of_retention(centre, keep, hold, model, run, parts):
+def test_the_objective_is_the_circle_loss_and_four_terms_of_retention(centre, keep, hold, model, run, parts):
     """Each term by itself, one prompt and one text at a time; packing must not mix the texts."""
     s = dataclasses.replace(run.s, centre=centre, keep=keep, hold=hold, still=3.0)
     base = copy.deepcopy(model)
@@ -368,6 +368,11 @@ def test_the_objective_is_the_circle_loss_and_three_terms_of_retention(centre, k
     harmless = [0, 1, 3]
     held = sum((h[i] - h_base[i]).square().sum() for i in harmless)
     held = held / sum((h_base[i] - mean).square().sum() for i in harmless)
+    toxic = [2, 4, 5]
+    origin = mean if centre else 0
+    before = [(h_base[i] - origin).norm() for i in toxic]
+    after = [(h[i] - origin).norm() for i in toxic]
+    grown = sum((a - b).square() for a, b in zip(after, before)) / sum(b.square() for b in before)
     moved = 0
     size = 0
     divergence = 0
@@ -380,9 +385,10 @@ def test_the_objective_is_the_circle_loss_and_three_terms_of_retention(centre, k
         size += (old - mean).square().sum()
         divergence += len(ids[:-1]) * forgetting(model(text)[0], base(text)[0])
         count += len(ids[:-1])
-    expected = circle + hold * held + 3.0 * moved / size + keep * divergence / count
+    expected = circle + hold * (held + grown) + 3.0 * moved / size + keep * divergence / count
     assert torch.allclose(loss, expected, rtol=1e-5)
-    assert held > 0.01 and moved / size > 0.003 and divergence / count > 1e-4       # each term is seen
+    # each term is seen
+    assert held > 0.01 and grown > 0.001 and moved / size > 0.003 and divergence / count > 1e-4
 
 
 def test_at_the_base_the_objective_is_the_circle_loss_alone(model, run, parts):

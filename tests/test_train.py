@@ -277,16 +277,20 @@ def test_half_of_the_texts_that_are_held_are_exchanges_of_d_seemingly(hold, shuf
         assert of_seemingly == [False] * half + [hold > 0] * half
 
 
-def test_held_states_stay_where_the_base_has_them(model, run, parts):
+def test_held_states_stay_where_the_base_has_them_and_toxic_ones_do_not_grow(model, run, parts):
     """A cosine is blind to length: with the Circle loss alone both classes are thrown far out."""
-    ids = [run.chat.prompt(e.prompt) for e in parts.seemingly]
-    before = last_states(model, ids, 1)
+    harmless = [run.chat.prompt(e.prompt) for e in parts.seemingly]
+    toxic = [run.chat.prompt(e.prompt) for e in parts.toxic]
+    before = last_states(model, harmless, 1)
     moved = {}
+    grown = {}
     for hold in (0.0, 3.0):
         s = dataclasses.replace(run.s, refine_steps=80, refine_lr=1e-2, keep=0.0, still=0.0, hold=hold)
         refined, _ = refine("refined", model, run, s)
-        moved[hold] = ((last_states(refined, ids, 1) - before).norm() / before.norm()).item()
+        moved[hold] = ((last_states(refined, harmless, 1) - before).norm() / before.norm()).item()
+        grown[hold] = (last_states(refined, toxic, 1).norm() / last_states(model, toxic, 1).norm()).item()
     assert moved[3.0] < 0.5 < moved[0.0]
+    assert grown[3.0] < 1.2 < 1.5 < grown[0.0]
 
 
 # ----------------------------------------------------------------------------------- surgery on a tuned model
