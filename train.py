@@ -79,7 +79,7 @@ class Settings:
     gamma: float = knob(32.0, "scale of the Circle loss: how hard hard pairs are pulled", 1e-3)
     centre: bool = knob(False, "subtract the base's mean state before the cosine; for large models")
     with_safe: bool = knob(True, "D_safe's prompts are known to be toxic: they join D_toxic")
-    hold: float = knob(3.0, "of D_seemingly's drift and D_toxic's growth; at 0 texts are all general")
+    hold: float = knob(3.0, "of D_seemingly's drift, D_toxic's growth; at 0 all texts are general")
     keep: float = knob(30.0, "weight of KL(base || model) on texts, half of them D_seemingly's")
     still: float = knob(3.0, "weight of the drift of states on the same texts")
 
@@ -447,34 +447,34 @@ def run_seed(run, results):
     s = run.s
     as_in_paper = dataclasses.replace(s, hold=0.0, still=0.0, keep=0.0, with_safe=False)
 
-    def tuned(name, amount=None, later=False):
-        def make(start):
+    def tuned(amount=None, later=False):
+        def make(name, start):
             extra = augment(stage("base"), run, amount) if amount else ()    # stage: below
             return tune(name, start, run, extra, later)
         return make
 
-    def refined(name, settings, shuffled=False):
-        return lambda base: refine(name, base, run, settings, shuffled)
+    def refined(settings, shuffled=False):
+        return lambda name, base: refine(name, base, run, settings, shuffled)
 
     # name: (made from what, how). Tables show those in eval.METHODS; the README tells them apart
     recipes = {
-        "base": (None, lambda _: pretrain(run)),
-        "STL": ("base", tuned("STL")),
-        "STL-aug": ("base", tuned("STL-aug", "natural")),
-        "STL-aug-equal": ("base", tuned("STL-aug-equal", "equal")),
-        "STL-aug-first": ("STL-aug-equal", tuned("STL-aug-first")),
-        "refined": ("base", refined("refined", s)),
-        "DCR": ("refined", tuned("DCR")),
-        "DCR+aug": ("refined", tuned("DCR+aug", "natural")),
-        "refined-paper": ("base", refined("refined-paper", as_in_paper)),
-        "DCR-paper": ("refined-paper", tuned("DCR-paper")),
-        "refined-shuffled": ("base", refined("refined-shuffled", s, shuffled=True)),
-        "DCR-shuffled": ("refined-shuffled", tuned("DCR-shuffled")),
-        "Surgical": ("STL", lambda stl: surgical(stl, run)),
+        "base": (None, lambda name, _: pretrain(run)),
+        "STL": ("base", tuned()),
+        "STL-aug": ("base", tuned("natural")),
+        "STL-aug-equal": ("base", tuned("equal")),
+        "STL-aug-first": ("STL-aug-equal", tuned()),
+        "refined": ("base", refined(s)),
+        "DCR": ("refined", tuned()),
+        "DCR+aug": ("refined", tuned("natural")),
+        "refined-paper": ("base", refined(as_in_paper)),
+        "DCR-paper": ("refined-paper", tuned()),
+        "refined-shuffled": ("base", refined(s, shuffled=True)),
+        "DCR-shuffled": ("refined-shuffled", tuned()),
+        "Surgical": ("STL", lambda name, stl: surgical(stl, run)),
     }
     if run.parts.later:                                  # benchmark files have no such prompts
         for name in ("STL-aug", "STL-aug-equal", "STL-aug-first", "DCR"):
-            recipes[name + "+later"] = (name, tuned(name + "+later", later=True))
+            recipes[name + "+later"] = (name, tuned(later=True))
 
     def stage(name):
         start, make = recipes[name]
@@ -482,7 +482,7 @@ def run_seed(run, results):
             model = GPT.from_pretrained(s.init, device=s.device, dtype=s.weights_dtype())
             log = {"seconds": 0.0, "curve": []}
         else:
-            model, log = finished(run, name, lambda: make(stage(start) if start else None))
+            model, log = finished(run, name, lambda: make(name, stage(start) if start else None))
         run.check_prompts(model.config.vocab_size, model.config.context)     # before any is asked
         measured = [(row["method"], row["seed"]) for row in results["rows"]]
         if (name, run.s.seed) not in measured:
