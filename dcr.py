@@ -6,7 +6,7 @@ Refinement" (arXiv 2603.03323), in the rest of the project called "the paper". T
 1. The Circle loss (Sun et al. 2020, arXiv 2002.10857). It makes the states of one class alike and
    those of two classes unlike.
 2. The objective of refinement: the Circle loss on the states h_x after block l, and terms that
-   hold what is harmless. To try another method, change this section.
+   hold what is harmless, and the length of what is toxic. To try another method, change this.
 3. Why that should help. Let z(x) be the logits of the first response token after a prompt x, pi(x)
    their softmax and e_y the one-hot vector of a token y. A step of SGD on (x, y) with learning rate
    eta changes the logits of every other prompt x' by
@@ -168,7 +168,7 @@ def refinement_loss(model, base, prompts, labels, tokens, targets, mean, s):
     labels          (n,): 0 harmless, 1 toxic
     tokens, targets (B, T) texts to hold, from `data.collate`: half general, half D_seemingly's
     mean            (width,) the base's mean state over all prompts of refinement: the origin of
-                    the cosine (if s.centre), and of the sizes by which `drift` divides
+                    cosine and length (if s.centre), and of the sizes that drifts of states have
     s               `train.Settings`; read here: layer, margin, gamma, centre, hold, still, keep"""
     l = s.layer
     origin = mean if s.centre else 0
@@ -198,7 +198,7 @@ def refinement_loss(model, base, prompts, labels, tokens, targets, mean, s):
     return loss
 
 def drift(hidden, base_hidden, origin):
-    """How far states (n, d) or lengths (n,) went: ||h - h_base||^2 / ||h_base - origin||^2, sums."""
+    """How far states (n, d) or lengths (n,) went: ||h - h_base||^2 / ||h_base - origin||^2."""
     moved = (hidden - base_hidden).square().sum()
     size = (base_hidden - origin).square().sum()
     return moved / size

@@ -80,8 +80,8 @@ class Settings:
     centre: bool = knob(False, "subtract the base's mean state before the cosine; for large models")
     with_safe: bool = knob(True, "D_safe's prompts are known to be toxic: they join D_toxic")
     hold: float = knob(3.0, "of D_seemingly's drift, D_toxic's growth; at 0 all texts are general")
-    keep: float = knob(30.0, "weight of KL(base || model) on texts, half of them D_seemingly's")
-    still: float = knob(3.0, "weight of the drift of states on the same texts")
+    keep: float = knob(30.0, "weight of KL(base || model) on texts to hold")
+    still: float = knob(3.0, "weight of states' drift on them; half of them are D_seemingly's")
 
     tune_steps: int = knob(800, "steps of safety tuning, every method the same", 1)
     tune_batch: int = knob(32, "exchanges a step", 1)
@@ -288,7 +288,7 @@ def refine(name, base, run, s, shuffled=False):
     seemingly = [run.chat.prompt(e.prompt) for e in seemingly]           # lists of ids from here on
     toxic = [run.chat.prompt(e.prompt) for e in toxic]
     general = run.exchanges(run.parts.general, base.config.context)
-    # Without exchanges of D_seemingly, as at --hold 0, words that both classes use are mixed up
+    # At --hold 0 nothing of D_seemingly is held, and words that both classes use get mixed up
     lookalikes = run.exchanges(answered(base, run), base.config.context) if s.hold else general
     half = s.refine_batch // 2
     labels = torch.tensor([0] * half + [1] * half, device=run.s.device)    # 0 harmless, 1 toxic
@@ -350,7 +350,7 @@ def answered(base, run):
     return [dataclasses.replace(e, answer=own.get(e.prompt, e.answer)) for e in run.parts.seemingly]
 
 def augment(base, run, amount):
-    """`extra` of STL-aug. "natural": D_seemingly, answered, by its size, as in the paper. "equal":
+    """`extra` of STL-aug. "natural": D_seemingly, answered, by its size. "equal" (STL-aug-equal):
     as many rows as refinement reads, half of them D_seemingly, answered, half D_toxic, refused."""
     s = run.s
     benign = answered(base, run)
@@ -495,7 +495,7 @@ def run_seed(run, results):
         if name not in recipes:
             raise ValueError(f"--methods {name}: choose from {', '.join(recipes)}, or all")
     for name in asked:
-        line = []                                        # from the base to it: all are measured
+        line = []                    # from the base to it, for a model from disk asks for none
         while name:
             line.insert(0, name)
             name = recipes[name][0]
