@@ -6,7 +6,7 @@ Refinement" (arXiv 2603.03323), in the rest of the project called "the paper". T
 1. The Circle loss (Sun et al. 2020, arXiv 2002.10857). It makes the states of one class alike and
    those of two classes unlike.
 2. The objective of refinement: the Circle loss on the states h_x after block l, and terms that
-   hold what is harmless, and the length of what is toxic. To try another method, change this.
+   hold what is harmless, and the length of what is toxic. For another method, change this.
 3. Why that should help. Let z(x) be the logits of the first response token after a prompt x, pi(x)
    their softmax and e_y the one-hot vector of a token y. A step of SGD on (x, y) with learning rate
    eta changes the logits of every other prompt x' by
@@ -160,15 +160,15 @@ def refinement_loss(model, base, prompts, labels, tokens, targets, mean, s):
                             +  keep * KL(base || model), texts to hold
 
     The first term is the paper's. The others are ours (`drift` and `forgetting` are below): what is
-    harmless stays where the base has it, and what is toxic turns away without growing. A cosine is
-    blind to length: left free, toxic states grow severalfold, and tuning then hardly moves them.
+    harmless stays where the base has it, what is toxic turns away and keeps its length. A cosine is
+    blind to length: left free, toxic states grow fivefold, and a step of tuning moves them less.
 
     model, base     the GPT that is refined, and the GPT from which it started
     prompts         lists of token ids, half of them of each class
     labels          (n,): 0 harmless, 1 toxic
     tokens, targets (B, T) texts to hold, from `data.collate`: half general, half D_seemingly's
     mean            (width,) the base's mean state over all prompts of refinement: the origin of
-                    cosine and length (if s.centre), and of the sizes that drifts of states have
+                    cosine and length (if s.centre), and of the sizes by which states' drift is divided
     s               `train.Settings`; read here: layer, margin, gamma, centre, hold, still, keep"""
     l = s.layer
     origin = mean if s.centre else 0

@@ -99,7 +99,7 @@ def test_the_gradient_is_the_closed_form_with_constant_weights():
         length = features.norm(dim=1, keepdim=True)
         unit = features / length
         s = unit @ unit.T
-        D = torch.zeros(n, n, dtype=torch.float64)                         # D[i, j] = d loss / d s_ij, anchor i
+        D = torch.zeros(n, n, dtype=torch.float64)                # D[i, j] = d loss / d s_ij, anchor i
         for i in range(n):
             p = [j for j in range(n) if j != i and labels[j] == labels[i]]
             q = [j for j in range(n) if labels[j] != labels[i]]

@@ -262,7 +262,7 @@ def test_refinement_parts_the_classes(model, run, parts, rank):
 
 
 @pytest.mark.parametrize("hold, shuffled", [(3.0, False), (3.0, True), (0.0, False)])
-def test_half_of_the_texts_that_are_held_are_exchanges_of_d_seemingly(hold, shuffled, model, run, monkeypatch):
+def test_half_of_the_held_texts_are_exchanges_of_d_seemingly(hold, shuffled, model, run, monkeypatch):
     """With D_toxic it has verbs in common, and what a state holds of a verb is in no other text. They are so
     in the control too, which must differ by its labels alone."""
     seen = rows_seen(monkeypatch)
@@ -486,7 +486,7 @@ def test_without_its_results_a_run_still_knows_its_settings(small_world, finishe
 
 
 def test_a_base_serves_its_own_seed_wherever_it_was_made(small_world, tmp_path, monkeypatch):
-    """Made as the second seed of one run, it is the first of another; that of another seed is refused by name."""
+    """Made as the second seed of one run, it is the first of another; another seed's is refused by name."""
     both = tmp_path / "both"
     second = tmp_path / "second"
     labels = trained_stages(monkeypatch)

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dcr                                                             # noqa: E402 (after the path is set)
 import train                                                           # noqa: E402
 
-TEMPERATURE = 0.1                           # of SupCon, its authors' value; 1 / gamma plays that part in Circle
+TEMPERATURE = 0.1               # of SupCon, its authors' value; 1 / gamma plays that part in Circle
 
 
 def supcon_loss(features, labels, margin=None, gamma=None):
