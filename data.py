@@ -985,7 +985,7 @@ def as_question(command, rng):
     return opening + command[0].lower() + command[1:].rstrip(".!") + "?"
 
 def apart_by_suite(stage, used, limit):
-    """One stage's suites {name: {label: [Example]}}, `limit` a half at most, apart from used[label]."""
+    """One stage's suites {name: {label: [Example]}}, `limit` a half at most, apart from `used`."""
     suites = defaultdict(dict)
     for (name, label), examples in stage.items():
         kept = apart_from(used[label], examples, limit)

@@ -168,7 +168,7 @@ def refinement_loss(model, base, prompts, labels, tokens, targets, mean, s):
     labels          (n,): 0 harmless, 1 toxic
     tokens, targets (B, T) texts to hold, from `data.collate`: half general, half D_seemingly's
     mean            (width,) the base's mean state over all prompts of refinement: the origin of
-                    cosine and length (if s.centre), and of the sizes by which states' drift is divided
+                    cosine and length (if s.centre), and of the sizes that divide states' drift
     s               `train.Settings`; read here: layer, margin, gamma, centre, hold, still, keep"""
     l = s.layer
     origin = mean if s.centre else 0
