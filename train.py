@@ -86,7 +86,7 @@ class Settings:
     tune_steps: int = knob(800, "steps of safety tuning, every method the same", 1)
     tune_batch: int = knob(32, "exchanges a step", 1)
     tune_lr: float = knob(1e-3, "5e-4 refuses too little, 2e-3 undoes refinement", 1e-9)
-    refusals: float = knob(0.1, "share of (toxic prompt, refusal) rows; 0.05 to 0.2 are alike", 0, 1)
+    refusals: float = knob(0.1, "share of (toxic prompt, refusal) rows; 0.05 to 0.2 do alike", 0, 1)
     later_steps: int = knob(400, "steps of tuning a finished model on, by somebody else", 1)
     lora: int = knob(8, "rank of the updates of safety tuning, as the paper uses LoRA; 0 tunes all")
     max_new: int = knob(32, "tokens a response when evaluating", 1)
