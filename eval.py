@@ -484,9 +484,9 @@ def figure_later(results):
     if not methods:
         return None
     figure, (panel,) = axes("How likely look-alikes are refused once others tune on", size=(7, 3.8))
-    for method in methods:
+    for method, marker in zip(methods, "osv^"):              # to be told apart in grey, too
         name = method.removesuffix("+later")
-        curve(panel, results, method, "seemingly", METHODS[method], "o", name)
+        curve(panel, results, method, "seemingly", METHODS[method], marker, name)
     panel.set(xlabel="step of later tuning", ylabel="P(refusal) of seemingly toxic prompts")
     panel.legend(frameon=False, loc="upper left")
     return figure
