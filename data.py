@@ -953,12 +953,11 @@ def assemble(benchmarks, dealt, seed, limit):
     for halves in dev.values():
         for label, examples in halves.items():
             by_word(examples, used[label])
-    return Parts(
-        pretraining=[], general=general,
-        general_heldout=apart_from(by_word(general), pairs[:held_out]),
-        safe=safe, seemingly=shuffled(seemingly, "seemingly", seed),
-        toxic=shuffled(toxic, "toxic", seed), later=[],
-        dev=dev, suites=apart_by_suite(dealt["suites"], used, limit))
+    return Parts(pretraining=[], general=general,
+                 general_heldout=apart_from(by_word(general), pairs[:held_out]),
+                 safe=safe, seemingly=shuffled(seemingly, "seemingly", seed),
+                 toxic=shuffled(toxic, "toxic", seed), later=[],
+                 dev=dev, suites=apart_by_suite(dealt["suites"], used, limit))
 
 def of_label(benchmarks, wanted):
     lists = [examples for (_, label), examples in benchmarks.items() if label == wanted]

@@ -77,7 +77,7 @@ class Settings:
     refine_lora: int = knob(0, "rank of the updates of refinement; 0 trains blocks 1 to l in full")
     margin: float = knob(0.25, "m of the Circle loss, its authors' value", 0, 1)
     gamma: float = knob(32.0, "scale of the Circle loss: how hard hard pairs are pulled", 1e-3)
-    centre: bool = knob(False, "subtract the base's mean state before the cosine; for large models")
+    centre: bool = knob(False, "subtract the base's mean state before the cosine; it hides much")
     with_safe: bool = knob(True, "D_safe's prompts are known to be toxic: they join D_toxic")
     hold: float = knob(3.0, "weight: D_seemingly's drift, toxic lengths; 0: all texts are general")
     keep: float = knob(30.0, "weight of KL(base || model) on texts, half of them D_seemingly's")
@@ -120,9 +120,8 @@ class Settings:
         return {name: getattr(self, name) for name in names if name not in free}
 
 # The defaults with --init, chosen on development prompts with SmolLM2-135M (see the README).
-REAL = dict(layer=0, refine_steps=60, refine_batch=24, refine_lr=3e-3, refine_lora=16, gamma=16.0,
-            centre=True, keep=1.0, curve=False,
-            tune_steps=40, tune_batch=16, tune_lr=2e-3, refusals=0.2, lora=16)
+REAL = dict(curve=False, layer=0, refine_steps=60, refine_batch=24, refine_lr=3e-3, refine_lora=16,
+            gamma=16.0, keep=1.0, tune_steps=40, tune_batch=16, tune_lr=2e-3, refusals=0.2, lora=16)
 
 # ---- 1. Training: LoRA, and one loop for every stage ---------------------------------------------
 
@@ -278,11 +277,13 @@ def refine(name, base, run, s, shuffled=False):
 
     seemingly = run.parts.seemingly
     toxic = run.parts.toxic
-    if s.with_safe:
+    weights = None
+    if s.with_safe:                      # it may be far larger, but D_toxic has the hard contrasts
+        times = max(1, round(len(run.parts.safe) / len(toxic)))
+        weights = [times] * len(toxic) + [1] * len(run.parts.safe)
         toxic = toxic + run.parts.safe
     if shuffled:
-        both = seemingly + toxic
-        mixed = run.rng("shuffled").sample(both, len(both))
+        mixed = run.rng("shuffled").sample(seemingly + toxic, len(seemingly + toxic))
         seemingly = mixed[:len(seemingly)]
         toxic = mixed[len(seemingly):]
     seemingly = [run.chat.prompt(e.prompt) for e in seemingly]           # lists of ids from here on
@@ -297,7 +298,7 @@ def refine(name, base, run, s, shuffled=False):
 
     def loss(step):
         rng = run.rng("refinement", step)
-        prompts = rng.choices(seemingly, k=half) + rng.choices(toxic, k=half)    # balanced
+        prompts = rng.choices(seemingly, k=half) + rng.choices(toxic, weights, k=half)   # balanced
         sequences = rng.choices(general, k=half) + rng.choices(lookalikes, k=half)
         tokens, targets = collate(sequences, run.s.device)               # (B, T) each
         with run.autocast():

@@ -261,6 +261,18 @@ def test_refinement_parts_the_classes(model, run, parts, rank):
     assert gap(refined) > 0.5
 
 
+def test_half_of_the_toxic_prompts_are_of_d_toxic_however_large_d_safe_is(model, run, parts, monkeypatch):
+    """It has the contrasts that look harmless. Among ten times as many plain commands they would drown."""
+    drawn = []
+    monkeypatch.setattr(train, "refinement_loss", lambda model, base, prompts, *rest: drawn.extend(prompts) or
+                        model.layers[0].mlp.up_proj.weight.sum())
+    few = dataclasses.replace(parts, toxic=parts.toxic[:len(parts.safe) // 5])
+    s = dataclasses.replace(run.s, refine_steps=100, refine_batch=16)
+    refine("refined", model, dataclasses.replace(run, parts=few), s)
+    of_toxic = sum(drawn.count(run.chat.prompt(e.prompt)) for e in few.toxic)
+    assert 0.4 < of_toxic / (len(drawn) / 2) < 0.6          # 1 / 6 of the prompts
+
+
 @pytest.mark.parametrize("hold, shuffled", [(3.0, False), (3.0, True), (0.0, False)])
 def test_half_of_the_held_texts_are_exchanges_of_d_seemingly(hold, shuffled, model, run, monkeypatch):
     """With D_toxic it has verbs in common, and what a state holds of a verb is in no other text. They are so
@@ -700,13 +712,13 @@ def test_values_parse_by_their_type():
     assert parse([]) == Settings()
     s = parse(["--centre", "true", "--gamma", "8", "--pretrain-steps=3", "--out=there", "--refine-lr=1e-4"])
     assert (s.centre, s.gamma, s.pretrain_steps, s.out, s.refine_lr) == (True, 8.0, 3, "there", 1e-4)
-    assert not parse(["--centre", "false"]).centre and not parse(["--init=x", "--centre=false"]).centre
+    assert not parse(["--curve", "false"]).curve and parse(["--init=x", "--curve=true"]).curve
     assert parse(["--out", "true"]).out == "true"                  # a folder may be called that
 
 
 def test_a_checkpoint_brings_its_own_defaults_which_flags_override():
     s = parse(["--init", "somewhere", "--layer", "9"])
-    assert s.layer == 9 and s.centre is True
+    assert s.layer == 9 and s.curve is False
     assert {name: getattr(s, name) for name in REAL} == REAL | {"layer": 9}
     assert REAL.keys() <= {field.name for field in dataclasses.fields(Settings)}
     assert s.seed == Settings.seed
