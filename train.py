@@ -68,7 +68,7 @@ class Settings:
     pretrain_batch: int = knob(64, "texts a step", 1)
     pretrain_lr: float = knob(4e-3, "high, as small models like it; warmed up, then decayed", 1e-9)
 
-    layer: int = knob(3, "l: refinement shapes the states after this block; 0: two thirds up")
+    layer: int = knob(3, "l: refinement shapes the states after this block; 0: all but two")
     seemingly: int = knob(0, "prompts of D_seemingly; 0: all of them, 250 as in the paper")
     narrow: bool = knob(False, "few actions and objects in the world's D_seemingly and D_toxic")
     refine_steps: int = knob(300, "100 are too few on some seeds, 600 no better", 1)
@@ -535,7 +535,7 @@ def resolve(s):
     usual = "bfloat16" if device == "cuda" and s.init else "float32"
     dtype = usual if s.dtype == "auto" else s.dtype
     blocks = read_config(Path(s.init) / "config.json").blocks if s.init else s.blocks
-    layer = s.layer or 2 * blocks // 3
+    layer = s.layer or max(1, blocks - 2)
     if not 1 <= layer <= blocks:
         raise ValueError(f"--layer {layer}: the model has blocks 1 to {blocks}")
     print(f"device {device}, matrix products in {dtype}, {torch.get_num_threads()} threads")

@@ -221,7 +221,7 @@ def fit(sizes):
             base = GPT(config)
         for p in base.parameters():
             p.data = p.data.bfloat16() if p.dim() == 2 else p.data
-        s = replace(settings, layer=2 * config.blocks // 3, refine_steps=5, tune_steps=5)
+        s = replace(settings, layer=config.blocks - 2, refine_steps=5, tune_steps=5)
         with tempfile.TemporaryDirectory() as folder:
             run = Run(s, Path(folder), parts, chat)
             refined, refining = refine("refined", base, run, s)
