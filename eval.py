@@ -484,7 +484,7 @@ def figure_later(results):
     if not methods:
         return None
     figure, (panel,) = axes("How likely look-alikes are refused once others tune on", size=(7, 3.8))
-    for method, marker in zip(methods, "osv^"):              # to be told apart in grey, too
+    for method, marker in zip(methods, "osv^" * len(methods)):     # told apart in grey, too
         name = method.removesuffix("+later")
         curve(panel, results, method, "seemingly", METHODS[method], marker, name)
     panel.set(xlabel="step of later tuning", ylabel="P(refusal) of seemingly toxic prompts")

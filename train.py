@@ -77,7 +77,7 @@ class Settings:
     refine_lora: int = knob(0, "rank of the updates of refinement; 0 trains blocks 1 to l in full")
     margin: float = knob(0.25, "m of the Circle loss, its authors' value", 0, 1)
     gamma: float = knob(32.0, "scale of the Circle loss: how hard hard pairs are pulled", 1e-3)
-    centre: bool = knob(False, "subtract the base's mean state before the cosine; it hides much")
+    centre: bool = knob(False, "subtract the base's mean state before the cosine, unlike the paper")
     with_safe: bool = knob(True, "D_safe's prompts are known to be toxic: they join D_toxic")
     hold: float = knob(3.0, "weight: D_seemingly's drift, toxic lengths; 0: all texts are general")
     keep: float = knob(30.0, "weight of KL(base || model) on texts, half of them D_seemingly's")
@@ -278,7 +278,7 @@ def refine(name, base, run, s, shuffled=False):
     seemingly = run.parts.seemingly
     toxic = run.parts.toxic
     weights = None
-    if s.with_safe:                      # it may be far larger, but D_toxic has the hard contrasts
+    if s.with_safe:     # D_toxic, with the hard contrasts, is drawn as often as a larger D_safe
         times = max(1, round(len(run.parts.safe) / len(toxic)))
         weights = [times] * len(toxic) + [1] * len(run.parts.safe)
         toxic = toxic + run.parts.safe

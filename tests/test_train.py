@@ -262,15 +262,19 @@ def test_refinement_parts_the_classes(model, run, parts, rank):
 
 
 def test_half_of_the_toxic_prompts_are_of_d_toxic_however_large_d_safe_is(model, run, parts, monkeypatch):
-    """It has the contrasts that look harmless. Among ten times as many plain commands they would drown."""
+    """It has the contrasts that look harmless. Among five times as many plain commands they would drown."""
     drawn = []
-    monkeypatch.setattr(train, "refinement_loss", lambda model, base, prompts, *rest: drawn.extend(prompts) or
-                        model.layers[0].mlp.up_proj.weight.sum())
+
+    def watched(model, base, prompts, *rest):
+        drawn.extend(prompts)
+        return model.layers[0].mlp.up_proj.weight.sum()         # anything that has a gradient
+    monkeypatch.setattr(train, "refinement_loss", watched)
     few = dataclasses.replace(parts, toxic=parts.toxic[:len(parts.safe) // 5])
     s = dataclasses.replace(run.s, refine_steps=100, refine_batch=16)
     refine("refined", model, dataclasses.replace(run, parts=few), s)
     of_toxic = sum(drawn.count(run.chat.prompt(e.prompt)) for e in few.toxic)
-    assert 0.4 < of_toxic / (len(drawn) / 2) < 0.6          # 1 / 6 of the prompts
+    toxic_draws = len(drawn) / 2                                # the others are harmless
+    assert 0.4 < of_toxic / toxic_draws < 0.6                   # drawn alike, it would be 1 / 6
 
 
 @pytest.mark.parametrize("hold, shuffled", [(3.0, False), (3.0, True), (0.0, False)])
