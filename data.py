@@ -809,9 +809,8 @@ PUBLISHED = {           # a file as its authors call it, in lower case: (name, l
     "instruction-data.json": ("general", "general"),
     "alpaca_data.json": ("general", "general"),
 }
-# The proportions in which a benchmark is dealt to the stages: of the published files about as many
-# prompts. XSTest asks, AdvBench commands: style alone would tell refinement's classes apart. So
-# D_toxic is 225 prompts of three benchmarks, not 500 of one as in the paper.
+# How a benchmark is dealt to the stages, in proportion. XSTest asks, AdvBench commands: style alone
+# would part refinement's classes. So D_toxic is of three benchmarks, not of one as in the paper.
 STAGES = ("refinement", "tuning", "dev", "suites")
 PLAN = {
     ("XSTest", "benign"): (125, 0, 25, 100),
@@ -880,7 +879,8 @@ def load(folder, is_refusal):
                 counts["taken"] += 1
                 seen.add(words)
                 toxic = label == "toxic"
-                answer = None if toxic and not refuses else e.answer     # tuning gives it a refusal
+                wrong = label != "general" and toxic != bool(refuses)    # another answer is found
+                answer = None if wrong else e.answer
                 benchmarks[name, label].append(replace(e, toxic=toxic, answer=answer))
         taken = counts.pop("taken", 0)
         left_out = "".join(f"; {count} {why}" for why, count in counts.items())
@@ -929,7 +929,7 @@ def deal(benchmarks, seed):
             upto += number
             end = len(examples) * upto // sum(numbers)
             given = examples[begin:end]
-            if stage != "tuning":       # answers serve tuning alone, where they are refusals
+            if stage in ("dev", "suites"):                  # there nobody needs an answer
                 given = [replace(e, answer=None) for e in given]
             dealt[stage][name, label] = given
             begin = end

@@ -390,10 +390,25 @@ def test_parts_are_of_examples_that_know_their_class_and_where_they_come_from(tm
     assert all(e.toxic for e in parts.safe + parts.toxic) and not any(e.toxic for e in parts.seemingly)
     for halves in parts.suites.values():
         assert all(e.toxic == (kind == "toxic") for kind, half in halves.items() for e in half)
-    assert all(e.answer is None for e in parts.seemingly + parts.toxic)      # nobody knows the right one
+    assert all(e.answer is None for e in parts.seemingly)       # these files answer no benign prompt
     e = parts.suites["MaliciousInstruct"]["toxic"][0]
     number = int(re.search(r"malicious(\d+)x", e.prompt)[1]) + 1
     assert e.source == f"{tmp_path / 'MaliciousInstruct.txt'}: line {number}"
+
+
+def test_refinement_gets_the_answers_that_a_benign_file_has_unless_they_refuse(tmp_path):
+    """A base that refuses look-alikes by itself cannot say how they are to be answered."""
+    answered = ["prompt,response"]
+    for i, prompt in enumerate(prompts("mine", 90)):
+        response = "I'm sorry no" if i % 2 == 1 else f"Here is {i}"
+        answered.append(f"{prompt},{response}")
+    published = {name: FILES[name] for name in FILES if not name.startswith(("xstest", "or-bench"))}
+    parts = load_folder(fill(tmp_path, {**published, "mine.benign.csv": "\n".join(answered)}), 0, is_refusal)
+    given = [e.answer for e in parts.seemingly]
+    assert None in given and len(set(given)) > 10
+    assert all(answer is None or answer.startswith("Here is") for answer in given)
+    held_out = parts.suites["mine"]["benign"]
+    assert held_out and all(e.answer is None for e in held_out)
 
 
 def test_parts_draw_on_the_planned_sources(tmp_path):
