@@ -349,7 +349,7 @@ def difference_table(results, methods):
         measured = {ours, theirs} <= set(methods)
         if ours == theirs or not measured:
             continue
-        line = [f"{ours} less {theirs}"]
+        line = [f"{ours} minus {theirs}"]
         for title in lines[0][1:]:
             per_seed = [values(results, method, *COLUMNS[title][:3]) for method in (ours, theirs)]
             whole = len(per_seed[0]) == len(per_seed[1])    # of a run that was stopped, fewer seeds

@@ -3,7 +3,7 @@
     python tests/by_prompt.py out-real [--xstest BENCHMARKS/xstest_v2_prompts.csv]
 
 For each half of each suite, prompts of all seeds pooled: the share that is refused, with Wilson's 95 %
-interval; each method less STL, with the interval that 95 % of 10,000 resamples of the prompts give, paired:
+interval; each method minus STL, with the interval that 95 % of 10,000 resamples of the prompts give, paired:
 in each both methods are asked the same prompts. (That other seeds would give other models is not in it.)
 With --xstest, what is answered by XSTest's type of prompt."""
 import argparse
@@ -73,7 +73,7 @@ def tables(out, xstest=None):
         rivals = differences[0][2:]
         differences.append([suite, kind, *[less(by_method[m], by_method["STL"]) for m in rivals]])
     text = ["refused, in percent, with Wilson's interval", markdown(zip(*lines)),
-            "refused, less STL, paired by prompt, in points", markdown(zip(*differences))]
+            "refused, minus STL, paired by prompt, in points", markdown(zip(*differences))]
     if xstest:
         rows = csv.DictReader(open(xstest, encoding="utf-8"))
         kind_of = {row["prompt"].strip(): row["type"] for row in rows}

@@ -6,7 +6,7 @@ QUESTIONS is a file of MMLU (.csv: question, four answers, the right one's lette
 ARC (.jsonl, as AI2 or as Hugging Face publish it). Each answer is scored as the response to its
 question, in the model's chat format: the mean log-probability of its tokens, so that a long answer
 has no handicap. The highest is chosen. Printed are the accuracy with Wilson's 95 % interval, and
-that of each model less the first, paired by question."""
+that of each model minus the first, paired by question."""
 import argparse
 import csv
 import io

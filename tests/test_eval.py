@@ -410,11 +410,11 @@ def test_methods_are_compared_with_plain_tuning_and_dcr_with_each_and_later_tuni
     assert title == "paired differences in points, 95 % intervals over seeds"
     _, *lines = lines_of(table)
     found = {line[0]: line[1:] for line in lines}
-    assert list(found) == ["STL-aug less STL", "DCR-shuffled less STL", "DCR less STL", "DCR less STL-aug",
-                           "DCR less DCR-shuffled", "DCR+later less STL-aug+later",
-                           "STL-aug+later less STL-aug", "DCR+later less DCR"]
-    assert found["STL-aug less STL"][:2] == ["+10.0 [10.0, 10.0]", "-10.0 [-10.0, -10.0]"]
-    assert found["DCR+later less STL-aug+later"][:2] == ["-10.0 [-10.0, -10.0]", "+10.0 [10.0, 10.0]"]
+    assert list(found) == ["STL-aug minus STL", "DCR-shuffled minus STL", "DCR minus STL", "DCR minus STL-aug",
+                           "DCR minus DCR-shuffled", "DCR+later minus STL-aug+later",
+                           "STL-aug+later minus STL-aug", "DCR+later minus DCR"]
+    assert found["STL-aug minus STL"][:2] == ["+10.0 [10.0, 10.0]", "-10.0 [-10.0, -10.0]"]
+    assert found["DCR+later minus STL-aug+later"][:2] == ["-10.0 [-10.0, -10.0]", "+10.0 [10.0, 10.0]"]
     assert "paired" not in evaluation.tables(made_up())                             # nothing to compare
 
 
