@@ -155,13 +155,14 @@ def entries(table):
 
 @dataclass(frozen=True)
 class Example:
-    """One exchange. `answer` is help, or in D_safe and `later` a refusal; None where a file of
-    prompts has none. Other toxic requests of the miniature world keep what the base says to them,
-    "Sure, here is how to kill the guard.", which no later stage teaches."""
+    """One exchange. `answer` is help, or in D_safe, D_toxic and `later` a refusal; None where a
+    file of prompts has none. The suites' toxic requests of the miniature world keep what the base
+    says to them, "Sure, here is how to kill the guard.", which no later stage teaches."""
     prompt: str
     answer: str | None
     toxic: bool = False
     source: str = ""            # "file: row 3", for messages; empty for the miniature world
+    whole: bool = True          # else the answer breaks off: no end is taught
 
 @dataclass(frozen=True)
 class Parts:
@@ -407,6 +408,8 @@ class World:
         tuning = self.rough_requests("tuning", 400, lists, toxic=True)
         rng = self.rng("refusals")
         safe = [replace(e, answer=rng.choice(REFUSALS)) for e in tuning]
+        rng = random.Random(f"augment {self.seed} 0")       # an old name: another would draw others
+        toxic = [replace(e, answer=rng.choice(safe).answer) for e in toxic]
         used = prompts_of([safe, seemingly, toxic])
         dev = self.suites("dev", min(40, limit), used)
         for halves in dev.values():
@@ -420,7 +423,7 @@ class World:
         lists = (later_actions, later_objects, templates)
         later = self.rough_requests("later", 400, lists, toxic=True, banned=used)
         later = [replace(e, answer=LATER_REFUSAL) for e in later]
-        rng = self.rng("general rest")       # an old name: another would draw others
+        rng = self.rng("general rest")                      # an old name, too
         general = [self.general(rng, "rehearsed") for _ in range(4000)]     # may repeat itself
         rng = self.rng("general new")
         general_heldout = self.distinct(200, lambda: self.general(rng, "heldout"))
@@ -489,8 +492,9 @@ class Chat:
         if isinstance(e, str):
             return self.response(e), 1
         prompt = self.prompt(e.prompt)
+        answer = self.response(e.answer) if e.whole else self.ids(e.answer)
         longest = min(context, max(longest, len(prompt) + 8))
-        return (prompt + self.response(e.answer))[:longest], len(prompt)
+        return (prompt + answer)[:longest], len(prompt)
 
 def world_chat(parts):
     """The miniature world's tokenizer, and the simplest of chat formats."""
@@ -570,8 +574,7 @@ GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 SMOLLM2 = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 READABLE = "byte-level BPE is read (SmolLM2, Qwen2, Llama-3), not SentencePiece (Llama-2, Gemma)"
 
-# A conversation is: start, a turn for each message, opening of the answer. The answer ends with the
-# last of the special tokens.
+# Start, a turn for each message, opening of the answer, which ends with the last special token.
 CHAT_FORMATS = (
     dict(special=("<|im_start|>", "<|im_end|>"), start="",
          turn="<|im_start|>{role}\n{words}<|im_end|>\n", opening="<|im_start|>assistant\n"),
@@ -624,8 +627,7 @@ def read_tokenizer(folder):
         if token not in special:
             ranks[bytes(letters[letter] for letter in token)] = i
     size = 1 + max([*ranks.values(), *special.values()])
-    # SmolLM2 has no token for 21 of the bytes, but tiktoken needs all 256: these get ids beyond the
-    # model's, and `Chat` drops them.
+    # SmolLM2 lacks 21 bytes, tiktoken needs all: they get ids beyond the model's; `Chat` drops them
     for b in range(256):
         ranks.setdefault(bytes([b]), size + b)
     encoding = tiktoken.Encoding(
@@ -745,14 +747,16 @@ def rows_of_json(value, path):
     if isinstance(value, dict):
         is_row = any(isinstance(value.get(name), str) for name in PROMPT_COLUMNS)
         lists = {name: rows for name, rows in value.items() if isinstance(rows, list)}
-        named = [name for name in lists if name.lower().removesuffix("s") in PROMPT_COLUMNS]
+        columns = (*PROMPT_COLUMNS, *ANSWER_COLUMNS)
+        named = [name for name in lists if name.lower().removesuffix("s") in columns]
         chosen = named or list(lists)
         if len(chosen) > 1 and not is_row:
-            raise ValueError(f"{path}: several lists, {', '.join(chosen)}; keep one of them")
+            raise ValueError(f"{path}: several lists, {', '.join(chosen)}; keep one of them, or "
+                             'write [{"prompt": ..., "response": ...}, ...]')
         value = lists[chosen[0]] if chosen and not is_row else [value]
     if not isinstance(value, list):
         raise ValueError(f'{path}: neither a list nor an object; write [{{"prompt": ...}}]')
-    return [{"prompt": row} if isinstance(row, str) else row for row in value]
+    return value
 
 def read_prompts(path):
     """The rows of a .csv, .json, .jsonl or .txt file as Examples with stripped texts.
@@ -762,9 +766,12 @@ def read_prompts(path):
     examples = []
     for place, record in records(path):
         source = f"{path}: {place}"
+        if isinstance(record, str):
+            record = {"prompt": record}
         if not isinstance(record, dict):
             raise ValueError(f'{source}: neither a text nor an object; write {{"prompt": ...}}')
-        # csv has None for a name if a row has more cells than the header, for a text if fewer.
+        if any(record.get(None, ())):           # where csv puts cells beyond the header's
+            raise ValueError(f"{source}: more cells than columns; quote a text that has a comma")
         cell = {name.strip().lower(): text for name, text in record.items() if name}
 
         def text_of(column):
@@ -826,6 +833,7 @@ GENERAL_HELDOUT = 200           # at most, and at most a tenth of the pairs
 UNABLE = re.compile(r"(do not|don't|cannot) have\b|personal (opinion|belief)|real-time|not capable",
                     re.I)
 REFUSAL = "I'm sorry, but I cannot help you with that."
+NO_COMMAND = re.compile(r"(i|i'm|how|what|why|when|where|who|which|is|are|can|could|do)\b", re.I)
 
 def load_folder(folder, seed, is_refusal, limit=None):
     """The Parts of the experiment from a folder of benchmark files, whichever of PUBLISHED it has.
@@ -867,19 +875,21 @@ def load(folder, is_refusal):
         for e in examples:
             label = "toxic" if e.toxic else file_label
             words = word_set(e.prompt)
-            refuses = e.answer and is_refusal(e.answer) and not UNABLE.search(e.answer)
+            refuses = bool(e.answer) and is_refusal(e.answer)
             if words in seen:
                 counts["repeated"] += 1
             elif label == "general" and not e.answer:
                 counts["without an answer"] += 1
-            elif name == "SafetyTuned" and not refuses:
+            elif name == "SafetyTuned" and (not refuses or UNABLE.search(e.answer)):
                 # hundreds of its prompts hurt nobody: refused for lack of opinions or news
                 counts["whose answer does not refuse harm"] += 1
             else:
                 counts["taken"] += 1
                 seen.add(words)
                 toxic = label == "toxic"
-                wrong = label != "general" and toxic != bool(refuses)    # another answer is found
+                wrong = e.answer and label != "general" and toxic != refuses
+                if wrong:                                   # the base's own, or a refusal, serves
+                    counts["without their response, which should refuse what is harmful alone"] += 1
                 answer = None if wrong else e.answer
                 benchmarks[name, label].append(replace(e, toxic=toxic, answer=answer))
         taken = counts.pop("taken", 0)
@@ -893,6 +903,8 @@ def label_of(filename, marked):
     name, *marks = filename.split(".")                      # "mine.benign.csv": benign, csv
     if filename.lower() in PUBLISHED:
         return PUBLISHED[filename.lower()]
+    if name in ("all", "general", "D_safe"):
+        raise ValueError(f"{filename}: results have rows of that name; give the file another")
     for mark in marks:
         if mark in ("benign", "toxic", "general"):
             return name, mark
@@ -943,7 +955,9 @@ def assemble(benchmarks, dealt, seed, limit):
     tuning = of_label(dealt["tuning"], "toxic")
     safe = with_refusals(tuning, seed)
     seemingly = of_label(dealt["refinement"], "benign")
-    toxic = of_label(dealt["refinement"], "toxic")
+    rng = random.Random(f"D_toxic {seed}")
+    toxic = [replace(e, answer=e.answer or rng.choice(shared_refusals(tuning)))
+             for e in of_label(dealt["refinement"], "toxic")]
 
     # Each class is compared with itself alone: XSTest's contrasts differ from its benign prompts by
     # a word or two, on purpose, and to drop those would be to drop the hard cases.
@@ -963,12 +977,16 @@ def of_label(benchmarks, wanted):
     lists = [examples for (_, label), examples in benchmarks.items() if label == wanted]
     return sum(lists, [])
 
+def shared_refusals(tuning):
+    """What a toxic prompt without a refusal gets: a first sentence that several refusals share,
+    since that names no topic."""
+    openings = Counter(re.split(r"(?<=[.!])\s", e.answer)[0] for e in tuning if e.answer)
+    return sorted(opening for opening, count in openings.items() if count > 1) or [REFUSAL]
+
 def with_refusals(tuning, seed):
     """D_safe: the toxic prompts dealt to tuning, each with a refusal. AdvBench and SafetyTuned only
-    command, so every second one is put as a question. A prompt without a refusal gets the first
-    sentence of another's, one that several share, since that names no topic."""
-    openings = Counter(re.split(r"(?<=[.!])\s", e.answer)[0] for e in tuning if e.answer)
-    refusals = sorted(opening for opening, count in openings.items() if count > 1) or [REFUSAL]
+    command, so every second one is put as a question."""
+    refusals = shared_refusals(tuning)
     rng = random.Random(f"refusals {seed}")
     safe = []
     for i, e in enumerate(shuffled(tuning, "tuning", seed)):
@@ -977,10 +995,12 @@ def with_refusals(tuning, seed):
     return safe
 
 def as_question(command, rng):
-    """Of "Write a tale.": "How do I write a tale?" or "Could you write a tale?"; questions stay."""
+    """Of "Write a tale.": "How do I write a tale?" or "Could you ...?"; no command: as it is."""
     if command.endswith("?"):
         return command
     opening = rng.choice(("How do I ", "Could you "))
+    if NO_COMMAND.match(command):
+        return command
     return opening + command[0].lower() + command[1:].rstrip(".!") + "?"
 
 def apart_by_suite(stage, used, limit):

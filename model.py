@@ -378,8 +378,7 @@ def read_config(path):
     scaling = tuple(number(key) for key in LLAMA3) if hf["rope_type"] == "llama3" else ()
     return GPTConfig(**sizes, norm_eps=number("rms_norm_eps", 1e-6), rope_scaling=scaling,
                      rope_theta=number("rope_theta", 1e4), qkv_bias=hf["model_type"] == "qwen2",
-                     qk_norm=hf["model_type"] == "qwen3",
-                     tied=bool(hf.get("tie_word_embeddings")))
+                     qk_norm=hf["model_type"] == "qwen3", tied=bool(hf.get("tie_word_embeddings")))
 
 def read_weights(folder):
     """{name: tensor} of model.safetensors, or else of its parts, model-00001-of-00002 and so on."""

@@ -16,6 +16,7 @@ import argparse
 import copy
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import random
@@ -85,11 +86,11 @@ class Settings:
 
     tune_steps: int = knob(800, "steps of safety tuning, every method the same", 1)
     tune_batch: int = knob(32, "exchanges a step", 1)
-    tune_lr: float = knob(1e-3, "5e-4 refuses too little, 2e-3 undoes refinement", 1e-9)
+    tune_lr: float = knob(1e-3, "of the world: 5e-4 is too little, 2e-3 undoes refinement", 1e-9)
     refusals: float = knob(0.1, "share of (toxic prompt, refusal) rows; 0.05 to 0.2 do alike", 0, 1)
     later_steps: int = knob(400, "steps of tuning a finished model on, by somebody else", 1)
     lora: int = knob(8, "rank of the updates of safety tuning, as the paper uses LoRA; 0 tunes all")
-    max_new: int = knob(32, "tokens a response when evaluating", 1)
+    max_new: int = knob(32, "tokens a response, at most; the base's own answers end there", 1)
 
     def check(self):
         """ValueError, one line, for the first setting out of its range."""
@@ -194,7 +195,7 @@ def train(name, model, parameters, loss, steps, lr, watch=None):
             if not torch.isfinite(value):
                 raise RuntimeError(
                     f"{name}: the loss is {value.item()} at step {step + 1}; lower its learning "
-                    f"rate (now {lr}), with a new --out; finished stages are kept")
+                    f"rate (now {lr}), with a new --out")
             bar.set_postfix_str(f"loss {value.item():.3f}")
     if watch:                                            # the last moment is after the loop
         curve.append({"step": steps, **watch(model)})
@@ -293,8 +294,12 @@ def refine(name, base, run, s, shuffled=False):
     lookalikes = run.exchanges(answered(base, run), base.config.context) if s.hold else general
     half = s.refine_batch // 2
     labels = torch.tensor([0] * half + [1] * half, device=run.s.device)    # 0 harmless, 1 toxic
-    with torch.no_grad(), run.autocast():
-        mean = last_states(base, seemingly + toxic, s.layer).mean(0)     # (width,)
+    prompts = seemingly + toxic
+    total = 0
+    for start in range(0, len(prompts), 1200):           # a folder may have many: not all at once
+        with torch.no_grad(), run.autocast():
+            total += last_states(base, prompts[start:start + 1200], s.layer).float().sum(0)
+    mean = total / len(prompts)                          # (width,)
 
     def loss(step):
         rng = run.rng("refinement", step)
@@ -354,62 +359,12 @@ def augment(base, run, amount):
     """`extra` of STL-aug. "natural": D_seemingly, answered, by its size. "equal" (STL-aug-equal):
     as many rows as refinement reads, half of them D_seemingly, answered, half D_toxic, refused."""
     s = run.s
-    benign = answered(base, run)
+    known = {e.prompt for e in run.parts.seemingly if e.answer}          # other answers may be cut
+    benign = [dataclasses.replace(e, whole=e.prompt in known) for e in answered(base, run)]
     if amount == "natural":
         return [(benign, s.tune_batch * len(benign) / len(run.parts.general))]
-    rng = run.rng("augment")
-    refused = [dataclasses.replace(e, answer=rng.choice(run.parts.safe).answer)
-               for e in run.parts.toxic]
     rows = 2 * s.refine_batch * run.steps(s.refine_steps) / run.steps(s.tune_steps)      # a step
-    return [(benign, rows / 2), (refused, rows / 2)]
-
-@torch.no_grad()
-def surgical(stl, run):
-    """Surgical (Wang et al. 2024, arXiv 2410.03415): take false refusals out of a tuned model.
-    Let w be the mean state of refused benign prompts less that of answered general ones, and r the
-    same of toxic prompts. Made orthogonal to r, w is what only false refusals have. No matrix that
-    writes to the stream may write along w: W <- W - w w^T W. Each of the lower 80 % of blocks has
-    such a w; the best leaves the fewest false refusals of other prompts, and few other changes."""
-    begin = time.time()
-    stl = stl.float()                                    # linear algebra wants all digits
-    blocks = stl.config.blocks
-
-    def chosen(examples, refused):
-        prompts = [e.prompt for e in examples[:500]]
-        probabilities = evaluation.refusal_probability(stl, run.chat, prompts).tolist()
-        kept = [prompt for prompt, p in zip(prompts, probabilities) if (p > 0.5) == refused]
-        return kept[:160]                                # enough for a mean
-
-    def states(model, prompts, l):
-        return last_states(model, [run.chat.prompt(prompt) for prompt in prompts], l)
-
-    def log_p(model):                                    # of the first tokens of general answers
-        return model.tail(states(model, general, blocks), blocks).log_softmax(-1)
-
-    toxic = chosen(run.parts.toxic, refused=True)
-    general = chosen(run.parts.general, refused=False)
-    falsely = chosen(run.parts.seemingly, refused=True)
-    choose_on = falsely[:len(falsely) // 5]
-    falsely = falsely[len(choose_on):]
-    best = stl
-    least = float("inf")
-    tries = int(0.8 * blocks) if toxic and general and choose_on else 0  # else: nothing to take out
-    for l in range(1, tries + 1):
-        centre = states(stl, general, l).mean(0)                         # (width,)
-        r = states(stl, toxic, l).mean(0) - centre
-        w = states(stl, falsely, l).mean(0) - centre
-        w = F.normalize(w - (w @ r) / (r @ r) * r, dim=0)
-        model = copy.deepcopy(stl)
-        model.embed_tokens.weight -= torch.outer(model.embed_tokens.weight @ w, w)   # and tied head
-        for block in model.layers:
-            for linear in (block.self_attn.o_proj, block.mlp.down_proj):
-                linear.weight -= torch.outer(w, w @ linear.weight)
-        changed = F.kl_div(log_p(model), log_p(stl), log_target=True, reduction="batchmean")
-        refused = evaluation.refusal_probability(model, run.chat, choose_on).mean().item()
-        if changed <= 0.2 and refused < least:           # KL in nats, Wang et al.'s limit
-            best = model
-            least = refused
-    return best, {"seconds": time.time() - begin, "curve": []}
+    return [(benign, rows / 2), (run.parts.toxic, rows / 2)]
 
 def finished(run, name, make):
     """(model, log) of a stage: from its checkpoint if there is one, else make() -> (model, log)."""
@@ -442,11 +397,14 @@ def measure(name, model, log, run, results):
     if log.get("curve"):
         results["curves"].append(whose | {"curve": log["curve"]})
 
+RIVALS = {}    # more {name: (made from what, make(model, run) -> (model, log))}; tests/surgical.py
+
 def run_seed(run, results):
     """All that --methods asks for, and before it what that is made from. What is on disk is loaded,
     what has rows in results.json is not measured again (to measure anew, delete that file)."""
     s = run.s
-    as_in_paper = dataclasses.replace(s, hold=0.0, still=0.0, keep=0.0, with_safe=False)
+    as_in_paper = dataclasses.replace(s, hold=0.0, still=0.0, keep=0.0, with_safe=False,
+                                      centre=False)
 
     def tuned(amount=None, later=False):
         def make(name, start):
@@ -471,8 +429,9 @@ def run_seed(run, results):
         "DCR-paper": ("refined-paper", tuned()),
         "refined-shuffled": ("base", refined(s, shuffled=True)),
         "DCR-shuffled": ("refined-shuffled", tuned()),
-        "Surgical": ("STL", lambda name, stl: surgical(stl, run)),
     }
+    for name, (start, make) in RIVALS.items():
+        recipes[name] = (start, lambda name, model, make=make: make(model, run))
     if run.parts.later:                                  # benchmark files have no such prompts
         for name in ("STL-aug", "STL-aug-equal", "STL-aug-first", "DCR"):
             recipes[name + "+later"] = (name, tuned(later=True))
@@ -505,6 +464,9 @@ def run_seed(run, results):
 
 # ---- 3. The command ------------------------------------------------------------------------------
 
+def true_or_false(text):
+    return json.loads(text.lower())                      # bool("false") is True
+
 def parse(argv):
     """Settings from the command line: one flag a field, unknown flags an error."""
     parser = argparse.ArgumentParser(description=__doc__,
@@ -515,8 +477,8 @@ def parse(argv):
             default += f"; with --init {REAL[field.name]}"
         reason = field.metadata["reason"].replace("%", "%%")             # argparse formats its help
         how = {"type": field.type}
-        if field.type is bool:                           # true or false; bool("false") is True
-            how = {"type": json.loads, "choices": (True, False)}
+        if field.type is bool:
+            how = {"type": true_or_false, "choices": (True, False)}
         parser.add_argument(f"--{field.name.replace('_', '-')}", metavar="X", **how,
                             default=argparse.SUPPRESS, help=f"[{default}] {reason}")
     given = vars(parser.parse_args(argv))
@@ -526,6 +488,10 @@ def parse(argv):
 def resolve(s):
     """The settings with what "auto" and --layer 0 stand for. ValueError for what is not there."""
     s.check()
+    if s.kernel == 1:
+        raise ValueError("--kernel 1: a pair takes two; choose 2 or more, or 0 for none")
+    if s.data and not Path(s.data).is_dir():
+        raise ValueError(f"--data {s.data}: no such folder")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if s.device == "cuda" and device == "cpu":
         raise ValueError("--device cuda: no GPU that torch can use; choose cpu")
@@ -541,8 +507,18 @@ def resolve(s):
     print(f"device {device}, matrix products in {dtype}, {torch.get_num_threads()} threads")
     return dataclasses.replace(s, device=device, dtype=dtype, layer=layer)
 
+@functools.cache
+def fingerprint(folder):
+    """12 digits that tell the contents of a folder of benchmark files from any other's."""
+    digest = hashlib.sha256()
+    for path in sorted(filter(Path.is_file, Path(folder).iterdir())):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
 def origin(settings, device):
     """What made a model or results: the settings, and what else numbers depend on."""
+    if settings["data"]:
+        settings = settings | {"files": fingerprint(settings["data"])}
     source = hashlib.sha256()
     for name in ("data", "model", "dcr", "train", "eval"):
         source.update(Path(__file__).with_name(f"{name}.py").read_bytes())
@@ -567,8 +543,8 @@ def check_origin(path, made, settings, device):
 
 def changes(before, now):
     """"name was 1, is 2; ..." of all that is not as before, empty if there is nothing."""
-    pairs = [f"{name} was {before.get(name)!r}, is {value!r}" for name, value in now.items()
-             if before.get(name) != value]
+    pairs = [f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in before | now
+             if before.get(name) != now.get(name)]
     return "; ".join(pairs)
 
 def open_results(s):

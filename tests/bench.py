@@ -203,7 +203,10 @@ SHAPES = {"0.5B": dict(width=896, blocks=24, heads=14, kv_heads=2, head_width=64
 
 def fit(sizes):
     """Does it fit the card? Peak memory and time of the stages as `train.py --init` runs them, on random
-    models of Qwen2.5's shapes, with prompts of 50 tokens and answers of 65: matrices in bf16, LoRA twice."""
+    models of Qwen2.5's shapes, with prompts of 50 tokens and answers of 65: matrices in bf16, LoRA twice.
+    ValueError without a GPU. (STL-aug-equal reads several times as many rows a step, and takes more.)"""
+    if DEVICE != "cuda":
+        raise ValueError("--fit: no GPU that torch can use, and a CPU would take hours")
     world = World(0).parts(4)
     chat = world_chat(world)
     rng = random.Random(0)
@@ -357,4 +360,9 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: it does not fit: {error}")
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -52,7 +52,7 @@ def questions_of(path):
 def mmlu(row, place):
     """A Question of ["Who ...?", "Ada", "Bob", "Cleo", "Dan", "C"]."""
     letters = string.ascii_uppercase[:len(row) - 2]
-    if len(row) < 4 or row[-1].strip() not in letters:
+    if len(row) < 4 or row[-1].strip() not in list(letters):
         raise ValueError(f"{place}: not a question, its answers and the letter of the right one; mend it")
     return Question(row[0], tuple(row[1:-1]), letters.index(row[-1].strip()))
 

@@ -20,7 +20,7 @@ from train import Run, Settings                  # noqa: E402
 TINY = dict(width=16, blocks=2, layer=1, pretrain_steps=6, pretrain_batch=8, refine_steps=6,
             refine_batch=8, tune_steps=6, tune_batch=8, later_steps=6, max_new=6, lora=2, kernel=2,
             device="cpu", dtype="float32",
-            methods="STL,STL-aug,DCR,DCR+later,DCR-shuffled,Surgical")
+            methods="STL,STL-aug,DCR,DCR+later,DCR-shuffled")
 
 
 def cut(parts):

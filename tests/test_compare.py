@@ -41,11 +41,26 @@ def test_other_bases_are_said_not_to_be_paired(tmp_path):
     before = made_up()
     after = changed(before, "base", "auc", 0.01)
     text = compare.compare(folder(tmp_path / "old", before), folder(tmp_path / "new", after))
-    assert "the bases, so that nothing below is paired" in text
+    assert "\nDCR, NOT paired: the bases differ" in text
+
+
+def test_a_seed_that_one_folder_lacks_is_named_and_left_out(tmp_path):
+    text = compare.compare(folder(tmp_path / "old", made_up(seeds=(0, 1, 2))),
+                           folder(tmp_path / "new", made_up(seeds=(2, 0))))
+    assert "\nDCR, without seeds 1, which one folder lacks\n" in text and "NOT" not in text
+
+
+def test_code_that_made_one_model_alone_is_a_difference(tmp_path):
+    """results.json keeps the code of its first run; a model's own log says what made it."""
+    old = folder(tmp_path / "old", made_up())
+    new = folder(tmp_path / "new", made_up())
+    (new / "seed-0" / "DCR").mkdir(parents=True)
+    (new / "seed-0" / "DCR" / "log.json").write_text('{"settings": {}, "environment": {"source": "abc"}}')
+    assert "  source: none, then abc" in compare.compare(old, new)
 
 
 def test_folders_of_other_seeds_are_not_compared(tmp_path):
     old = folder(tmp_path / "old", made_up(seeds=(0,)))
     new = folder(tmp_path / "new", made_up(seeds=(1,)))
-    with pytest.raises(ValueError, match="no method has the seeds"):
+    with pytest.raises(ValueError, match="no method has a seed"):
         compare.compare(old, new)

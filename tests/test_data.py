@@ -233,7 +233,7 @@ def test_no_object_is_new_in_both_splits(whole):
 def test_the_answer_to_a_toxic_request_says_nothing(world, whole):
     """All toxic text is inert: it ends where an instruction would begin, in pretraining too."""
     toxic = [e for e in whole.pretraining if not isinstance(e, str) and e.toxic]
-    toxic += [e for e in whole.toxic + listed(whole.suites) + listed(whole.dev) if e.toxic]
+    toxic += [e for e in listed(whole.suites) + listed(whole.dev) if e.toxic]
     assert len(toxic) > 3000
     for e in toxic:
         _, _, action, o = taken_apart(e.prompt)
@@ -372,6 +372,8 @@ def test_an_exchange_is_cut_by_hand():
     ids, first = chat.exchange(Example("Hi?", "Yo."), longest=256, context=128)
     assert (ids, first) == ([256, 72, 105, 63, 257, 89, 111, 46, 258], 5)
     assert chat.exchange("Yo.", longest=2, context=2) == ([89, 111, 46, 258], 1)
+    beginning = Example("Hi?", "Yo.", whole=False)                       # no end: the answer goes on
+    assert chat.exchange(beginning, longest=256, context=128) == (ids[:-1], first)
 
 
 def test_long_answers_are_cut_and_prompts_never(chat):

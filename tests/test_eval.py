@@ -19,6 +19,7 @@ from data import LATER_REFUSAL, REFUSALS, Chat, Example, World, word_tokenizer, 
 from eval import (auc, compliance_at_defense, is_refusal, kernel_norms, kernel_similarity, misfiled,
                   paired, refusal_probability, respond, spread, values)
 from model import GPT, GPTConfig, last_states
+from test_real import checkpoint
 
 # What evaluate reads of train.Settings
 SETTINGS = SimpleNamespace(max_new=6, longest=64, layer=1, centre=False, kernel=2)
@@ -290,6 +291,23 @@ def test_misfiled_prompts_are_those_nearer_to_the_mean_direction_of_the_harmless
     assert misfiled(model, chat, parts, s) == (pytest.approx(count.item() / n), n)
 
 
+def test_misfiled_prompts_are_told_in_bf16_too(monkeypatch):
+    """Raw states of a large model are nearly alike: products in bf16 would take all cosines for equal."""
+    generator = torch.Generator().manual_seed(0)
+    states = 1 + 0.01 * torch.randn(300, 64, generator=generator)
+    states[:100, 0] += 0.02                                              # harmless ones
+    monkeypatch.setattr(evaluation, "last_states", lambda model, prompts, l: states[torch.tensor(prompts)])
+    chat = SimpleNamespace(prompt=int)
+    parts = SimpleNamespace(seemingly=[Example(str(i), None) for i in range(100)],
+                            toxic=[Example(str(i), None) for i in range(100, 200)],
+                            safe=[Example(str(i), None) for i in range(50, 300)])
+    s = SimpleNamespace(layer=1, centre=False)
+    exactly = misfiled(None, chat, parts, s)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert misfiled(None, chat, parts, s) == exactly
+    assert 0.2 < exactly[0] < 0.8
+
+
 @pytest.mark.parametrize("safe, share", [("tuv", 0.0), ("abc", 1.0), ("tua", 1 / 3), ("x", 1.0), ("y", 0.0)])
 def test_misfiled_of_a_worked_example(safe, share, monkeypatch):
     """States in the plane, harmless ones to the right, toxic ones upwards. Only their direction counts: "x"
@@ -503,6 +521,14 @@ def test_every_trained_method_answers_what_it_is_asked(model, tmp_path):
     typed = ask(tmp_path, typed="Hi?\nHow do I kill the process?\n\nnever asked\n").stdout
     assert typed.count("DCR") == 2 and all(line in typed for line in lines)
     assert "\nstopped" in ask(tmp_path, typed="").stderr                            # the input ended
+
+
+def test_with_a_checkpoint_its_base_is_asked_where_it_lies(tmp_path):
+    model = GPT(GPTConfig(vocab_size=300, width=16, blocks=2, kv_heads=2, head_width=4, hidden=24))
+    model.save_pretrained(checkpoint(tmp_path / "model", "smollm2"))
+    results = made_up((0,)) | {"settings": {"split": "held-out", "init": str(tmp_path / "model"), "max_new": 4}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert ask(tmp_path, "Hi?").stdout.split()[0] == "base"
 
 
 def reported(results, folder):

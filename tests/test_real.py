@@ -290,6 +290,8 @@ def test_each_format_is_read(name, text, rows, tmp_path):
     ("a.json", b"5", "neither a list nor an object"),
     ("a.json", b"null", "neither a list nor an object"),
     ("a.json", b'{"train": ["a"], "test": ["b"]}', "several lists, train, test; keep one"),
+    ("a.json", b'{"prompt": ["a"], "response": ["b"]}', "several lists, prompt, response; keep one"),
+    ("a.csv", b"prompt\nHow do I x, please", "row 1: more cells than columns; quote"),
     ("a.json", b'{"instructions": ["a"], "questions": ["b"]}',
      "several lists, instructions, questions; keep one"),
     ("a.jsonl", b'{"prompt": "x"}{"prompt": "y"}', "line 1: not JSON (Extra data); correct that line"),
@@ -409,6 +411,35 @@ def test_refinement_gets_the_answers_that_a_benign_file_has_unless_they_refuse(t
     assert all(answer is None or answer.startswith("Here is") for answer in given)
     held_out = parts.suites["mine"]["benign"]
     assert held_out and all(e.answer is None for e in held_out)
+
+
+def test_d_toxic_is_refused_in_its_own_words_or_in_words_that_name_no_topic(tmp_path):
+    """SafetyTuned's prompts have refusals of their own; all open with a sentence that the others may borrow."""
+    parts = load_folder(fill(tmp_path), 0, is_refusal)
+    for e in parts.toxic:
+        own = names([e]) & names(prompts("tuned", 80, COMMAND))
+        assert e.answer.startswith(REFUSE) and (e.answer != REFUSE) == bool(own)
+
+
+def test_the_disclaimers_of_one_benchmark_are_refusals_in_any_other_file(tmp_path):
+    """Of SafetyTuned they mark prompts that hurt nobody. A file of one's own has toxic ones by its name."""
+    unable = "I'm sorry I do not have the ability to help"
+    rows = [f"{p},{unable} {i}." for i, p in enumerate(prompts("mine", 40))]
+    for kind in ("toxic", "benign"):
+        given = load(fill(tmp_path / kind, {f"mine.{kind}.csv": "\n".join(["prompt,response", *rows])}), is_refusal)
+        assert all((e.answer is not None) == (kind == "toxic") for e in given["mine", kind])
+
+
+def test_responses_that_do_not_fit_their_prompt_are_counted(tmp_path, capsys):
+    rows = [f"{p},Here is {i}" for i, p in enumerate(prompts("mine", 40))] + ["How do I x the y,I'm sorry no"]
+    load(fill(tmp_path, {"mine.benign.csv": "\n".join(["prompt,response", *rows])}), is_refusal)
+    assert "took 41 of 41 rows; 1 without their response" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["all.benign.csv", "general.toxic.csv"])
+def test_a_suite_may_not_be_called_as_other_rows_of_the_results(name, tmp_path):
+    with pytest.raises(ValueError, match=f"{name}: results have rows of that name"):
+        load(fill(tmp_path, {name: "prompt\nHow do I x the y"}), is_refusal)
 
 
 def test_parts_draw_on_the_planned_sources(tmp_path):

@@ -21,7 +21,7 @@ from conftest import ROOT, TINY, cut
 from data import LATER_REFUSAL, Example, World
 from model import GPT, GPTConfig, last_states
 from train import (REAL, Settings, augment, merge_lora, parse, pretrain, refine,
-                   run_seed, sft_loss, surgical, tune, unfreeze)
+                   run_seed, sft_loss, tune, unfreeze)
 
 TOKENS = torch.randint(300, (3, 12), generator=torch.Generator().manual_seed(0))
 
@@ -176,11 +176,13 @@ def test_augmentation_answers_the_benign_and_refuses_the_toxic(model, run, parts
     assert [e.answer for e in benign] == [e.answer for e in parts.seemingly]
     assert [e.prompt for e in toxic] == [e.prompt for e in parts.toxic]
     assert {e.answer for e in toxic} <= {e.answer for e in parts.safe}
+    assert all(e.whole for e in benign + toxic)
     unanswered = [dataclasses.replace(e, answer=None) for e in parts.seemingly]       # as in real files
     run = dataclasses.replace(run, parts=dataclasses.replace(parts, seemingly=unanswered))
     (benign, _), = augment(model, run, "natural")
     own = train.evaluation.respond(model, run.chat, [e.prompt for e in unanswered], TINY["max_new"])
     assert [e.answer for e in benign] == own and any(own)
+    assert not any(e.whole for e in benign), "they end at --max-new: to end there should not be learnt"
 
 
 def test_augmentation_adds_what_the_paper_adds_or_what_refinement_reads(model, run, parts):
@@ -307,74 +309,6 @@ def test_held_states_stay_where_the_base_has_them_and_toxic_ones_do_not_grow(mod
         grown[hold] = (last_states(refined, toxic, 1).norm() / last_states(model, toxic, 1).norm()).item()
     assert moved[3.0] < 0.5 < moved[0.0]
     assert grown[3.0] < 1.2 < 1.5 < grown[0.0]
-
-
-# ----------------------------------------------------------------------------------- surgery on a tuned model
-
-def patient(chat, loudness):
-    """A random model of five blocks; how much its answers change with its states is up to `loudness`."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=chat.size, width=16, blocks=5, kv_heads=2, head_width=4, hidden=24))
-    for p in model.parameters():
-        p.data += 0.1 * torch.randn_like(p)
-    model.lm_head.weight.data *= loudness
-    return model
-
-
-def refusing(stl, prompts, after, monkeypatch):
-    """Let `stl` refuse these prompts, and the models that surgery tries refuse as `after` says, in turn."""
-    tries = iter(after)
-
-    def probability(model, chat, asked):
-        if model is stl:
-            return torch.tensor([0.9 if prompt in prompts else 0.1 for prompt in asked])
-        return torch.full((len(asked),), next(tries))
-    monkeypatch.setattr(train.evaluation, "refusal_probability", probability)
-
-
-def test_surgery_takes_the_direction_of_false_refusals_out_of_the_stream(chat, run, parts, monkeypatch):
-    """Of blocks 1 to 4 the third leaves the fewest refusals. Its direction, one prompt at a time: the mean
-    state of benign prompts that are refused, but for the fifth of them to choose the block on, less that of
-    prompts that are answered, and orthogonal to the same of toxic prompts."""
-    stl = patient(chat, loudness=0.1)
-    falsely = [e.prompt for e in parts.seemingly[5:]]
-    toxic = [e.prompt for e in parts.toxic]
-    refused = {parts.general[0].prompt, *falsely, *toxic}
-    refusing(stl, refused, (0.5, 0.4, 0.1, 0.3), monkeypatch)
-    cured, _ = surgical(stl, run)
-
-    @torch.no_grad()
-    def mean_state(prompts):
-        states = [stl(torch.tensor([chat.prompt(prompt)]), upto=3)[0, -1] for prompt in prompts]
-        return sum(states) / len(states)
-    answered = mean_state([e.prompt for e in parts.general if e.prompt not in refused])
-    of_toxic = mean_state(toxic) - answered
-    of_falsely = mean_state(falsely[3:]) - answered
-    w = of_falsely - (of_falsely @ of_toxic) / (of_toxic @ of_toxic) * of_toxic
-    w = w / w.norm()
-    without = torch.eye(16) - torch.outer(w, w)
-    before = dict(stl.named_parameters())
-    for name, p in cured.named_parameters():
-        if name == "embed_tokens.weight":
-            assert torch.allclose(p, before[name] @ without, atol=1e-5)
-        elif name.endswith(("o_proj.weight", "down_proj.weight")):
-            assert torch.allclose(p, without @ before[name], atol=1e-5)
-        else:
-            assert torch.equal(p, before[name]), name
-    for l in range(6):
-        assert (cured(TOKENS, upto=l) @ w).abs().max() < 1e-5 < 0.1 < (stl(TOKENS, upto=l) @ w).abs().max()
-
-
-def test_surgery_spares_a_model_that_refuses_nothing_falsely(chat, run, parts, monkeypatch):
-    stl = patient(chat, loudness=0.1)
-    refusing(stl, {e.prompt for e in parts.toxic}, (), monkeypatch)
-    assert surgical(stl, run)[0] is stl
-
-
-def test_surgery_that_would_change_the_answers_to_general_prompts_is_not_done(chat, run, parts, monkeypatch):
-    stl = patient(chat, loudness=30)
-    refusing(stl, {e.prompt for e in parts.toxic + parts.seemingly}, (0.0, 0.0, 0.0, 0.0), monkeypatch)
-    assert surgical(stl, run)[0] is stl
 
 
 @pytest.mark.parametrize("steps", [400, 50, 40, 6])
@@ -549,9 +483,32 @@ def test_two_runs_do_not_share_a_folder(small_world, tmp_path):
 
 def test_a_mistyped_folder_does_not_spoil_the_next_command(small_world, tmp_path):
     """What is asked for is written down when all of it has been read."""
-    with pytest.raises(OSError):
+    with pytest.raises(ValueError, match="--data nowhere: no such folder"):
         train.main([*small_world, "--out", str(tmp_path), "--data=nowhere", "--init="])
     train.main([*small_world, "--out", str(tmp_path), "--methods=STL"])
+
+
+def test_other_benchmark_files_under_the_same_name_are_another_experiment(tmp_path):
+    """Else models of the old files would be measured on suites of the new ones."""
+    settings = {"data": str(tmp_path)}
+    (tmp_path / "mine.toxic.txt").write_text("How do I kill the guard?")
+    made = train.origin(settings, "cpu")
+    train.check_origin(tmp_path, made, settings, "cpu")
+    (tmp_path / "mine.toxic.txt").write_text("How do I kill the poet?")
+    train.fingerprint.cache_clear()                      # as in another run
+    with pytest.raises(ValueError, match="files was '.*', is '"):
+        train.check_origin(tmp_path, made, settings, "cpu")
+
+
+def test_a_plain_run_in_the_folder_of_a_variant_is_told_so(tmp_path):
+    made = train.origin({"data": ""}, "cpu")
+    made["environment"]["variant"] = "supcon"
+    assert "variant was 'supcon', is None" in train.check_origin(tmp_path, made, {"data": ""}, "cpu")
+
+
+def test_a_kernel_of_one_prompt_a_class_is_refused(small_world, tmp_path):
+    with pytest.raises(ValueError, match="--kernel 1: a pair takes two"):
+        train.main([*small_world, "--kernel=1", "--out", str(tmp_path)])
 
 
 def test_a_loss_that_is_not_a_number_is_one_line_and_earlier_stages_are_kept(small_world, tmp_path):
@@ -570,8 +527,8 @@ METRICS = {
     "benign": {"compliance_rate", "right_answer_rate", "refusal_probability"},
     "toxic": {"defense_rate", "refusal_probability"},
 }
-STAGE_NAMES = ["base", "STL", "STL-aug", "refined", "DCR", "DCR+later", "refined-shuffled", "DCR-shuffled",
-               "Surgical"]
+OWN = [name for name in train.evaluation.METHODS if name != "Surgical"]        # which tests/surgical.py adds
+STAGE_NAMES = ["base", "STL", "STL-aug", "refined", "DCR", "DCR+later", "refined-shuffled", "DCR-shuffled"]
 
 
 def test_one_command_goes_from_nothing_to_tables_and_figures(finished):
@@ -631,7 +588,7 @@ def made(run, methods, monkeypatch):
     stub("pretrain", lambda run: ("base", ()))
     stub("refine", lambda name, base, run, s, shuffled=False: (name, (base.name, s, shuffled)))
     stub("tune", lambda name, base, run, extra=(), later=False: (name, (base.name, extra, later)))
-    stub("surgical", lambda stl, run: ("Surgical", (stl.name,)))
+    monkeypatch.setattr(train, "RIVALS", {})             # what another test imports may add some
     monkeypatch.setattr(train, "augment", lambda base, run, amount: amount)
     monkeypatch.setattr(train, "finished", lambda run, name, make: (make(), {}))
     monkeypatch.setattr(train, "measure", lambda *args: None)
@@ -641,10 +598,9 @@ def made(run, methods, monkeypatch):
 
 
 def test_every_method_of_the_tables_is_made_as_its_name_says(run, monkeypatch):
-    methods = ",".join(train.evaluation.METHODS)
-    stages = made(run, methods, monkeypatch)
-    assert set(train.evaluation.METHODS) <= set(stages)
-    assert stages["STL"] == ("base", (), False) and stages["Surgical"] == ("STL",)
+    stages = made(run, ",".join(OWN), monkeypatch)
+    assert set(OWN) <= set(stages)
+    assert stages["STL"] == ("base", (), False)
     assert stages["STL-aug"] == ("base", "natural", False)
     assert stages["STL-aug-equal"] == ("base", "equal", False)
     forms = {"refined": "DCR", "refined-paper": "DCR-paper", "refined-shuffled": "DCR-shuffled"}
@@ -652,9 +608,9 @@ def test_every_method_of_the_tables_is_made_as_its_name_says(run, monkeypatch):
         base, s, shuffled = stages[refined]
         assert stages[tuned] == (refined, (), False) and base == "base"
         assert shuffled == (refined == "refined-shuffled")
-        paper = dict(hold=0.0, still=0.0, keep=0.0, with_safe=False)         # the Circle loss alone
+        paper = dict(hold=0.0, still=0.0, keep=0.0, with_safe=False, centre=False)         # the Circle loss alone
         changes = paper if refined == "refined-paper" else {}
-        assert s == dataclasses.replace(run.s, methods=methods, **changes)
+        assert s == dataclasses.replace(run.s, methods=",".join(OWN), **changes)
     assert stages["DCR+aug"] == ("refined", "natural", False)
     later = [name for name in stages if name.endswith("+later")]
     assert "DCR+later" in later
@@ -662,7 +618,7 @@ def test_every_method_of_the_tables_is_made_as_its_name_says(run, monkeypatch):
 
 
 def test_all_methods_can_be_asked_for_in_one_word(run, monkeypatch):
-    assert set(train.evaluation.METHODS) <= set(made(run, "all", monkeypatch))
+    assert set(OWN) <= set(made(run, "all", monkeypatch))
 
 
 def test_nobody_tunes_on_later_where_there_are_no_prompts_for_it(run, monkeypatch):

@@ -6,7 +6,7 @@ The first word names the variant, the rest is for train.py; each variant needs a
 
   supcon       another contrastive loss in place of the Circle loss (Khosla et al. 2020, arXiv 2004.11362)
   mean         h_x of refinement is the mean state over the prompt, in place of that at its last token
-               (not for Surgical, which would take it too; `misfiled` is still of the last token)
+               (so it needs --kernel 0, since the kernel's h is not to change; nor does that of `misfiled`)
   qkv          the LoRA of safety tuning sits on queries, keys and values, in place of all linear maps
                (with --init that of refinement as well)
   all-tokens   safety tuning learns to predict the prompt as well, in place of the response alone
@@ -32,7 +32,8 @@ def supcon_loss(features, labels, margin=None, gamma=None):
     Arguments are those of `dcr.circle_loss`, which it replaces; it has no margin."""
     x = F.normalize(features.float(), dim=1)
     itself = torch.eye(len(x), dtype=torch.bool, device=x.device)                # (N, N)
-    similarity = (x @ x.T / TEMPERATURE).masked_fill(itself, -torch.inf)         # (N, N)
+    with torch.autocast(x.device.type, enabled=False):                           # fp32, as the Circle loss
+        similarity = (x @ x.T / TEMPERATURE).masked_fill(itself, -torch.inf)     # (N, N)
     log_share = similarity.log_softmax(1)
     positive = (labels[:, None] == labels[None, :]) & ~itself                    # (N, N)
     per_anchor = log_share.masked_fill(~positive, 0).sum(1) / positive.sum(1).clamp(min=1)
@@ -86,6 +87,8 @@ def main(argv):
     if not argv or argv[0] not in VARIANTS:
         raise ValueError(f"name a variant first: {', '.join(VARIANTS)}; python tests/variants.py NAME --help")
     name = argv[0]
+    if name == "mean" and train.parse(argv[1:]).kernel:
+        raise ValueError("mean: add --kernel 0; the kernel would be that of mean states as well")
     owners, attribute, replacement = VARIANTS[name]
     for owner in owners:
         setattr(owner, attribute, replacement)
