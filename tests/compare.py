@@ -28,7 +28,7 @@ def seeds_of(results, method):
 
 
 def facts(folder, results):
-    """{name: its values} of all settings, and of code and machine, in results.json and in every model's log."""
+    """{name: its values} of settings, code and machine, in results.json and in every model's log."""
     logs = [read_json(path) for path in sorted(folder.glob("seed-*/*/log.json"))]
     found = {}
     for made in [results, *logs]:
@@ -54,7 +54,10 @@ def measured(results, method, title, seeds):
 
 def same_base(before, after, seeds):
     """Whether the bases answer, refuse and know alike on these seeds: then they are the same."""
-    return all(measured(before, "base", title, seeds) == measured(after, "base", title, seeds) for title in SHARES)
+    for title in SHARES:
+        if measured(before, "base", title, seeds) != measured(after, "base", title, seeds):
+            return False
+    return True
 
 
 def table(before, after, method, seeds):

@@ -428,8 +428,8 @@ def test_methods_are_compared_with_plain_tuning_and_dcr_with_each_and_later_tuni
     assert title == "paired differences in points, 95 % intervals over seeds"
     _, *lines = lines_of(table)
     found = {line[0]: line[1:] for line in lines}
-    assert list(found) == ["STL-aug minus STL", "DCR-shuffled minus STL", "DCR minus STL", "DCR minus STL-aug",
-                           "DCR minus DCR-shuffled", "DCR+later minus STL-aug+later",
+    assert list(found) == ["STL-aug minus STL", "DCR-shuffled minus STL", "DCR minus STL",
+                           "DCR minus STL-aug", "DCR minus DCR-shuffled", "DCR+later minus STL-aug+later",
                            "STL-aug+later minus STL-aug", "DCR+later minus DCR"]
     assert found["STL-aug minus STL"][:2] == ["+10.0 [10.0, 10.0]", "-10.0 [-10.0, -10.0]"]
     assert found["DCR+later minus STL-aug+later"][:2] == ["-10.0 [-10.0, -10.0]", "+10.0 [10.0, 10.0]"]
@@ -526,7 +526,8 @@ def test_every_trained_method_answers_what_it_is_asked(model, tmp_path):
 def test_with_a_checkpoint_its_base_is_asked_where_it_lies(tmp_path):
     model = GPT(GPTConfig(vocab_size=300, width=16, blocks=2, kv_heads=2, head_width=4, hidden=24))
     model.save_pretrained(checkpoint(tmp_path / "model", "smollm2"))
-    results = made_up((0,)) | {"settings": {"split": "held-out", "init": str(tmp_path / "model"), "max_new": 4}}
+    settings = {"split": "held-out", "init": str(tmp_path / "model"), "max_new": 4}
+    results = made_up((0,)) | {"settings": settings}
     (tmp_path / "results.json").write_text(json.dumps(results))
     assert ask(tmp_path, "Hi?").stdout.split()[0] == "base"
 

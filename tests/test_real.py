@@ -414,7 +414,7 @@ def test_refinement_gets_the_answers_that_a_benign_file_has_unless_they_refuse(t
 
 
 def test_d_toxic_is_refused_in_its_own_words_or_in_words_that_name_no_topic(tmp_path):
-    """SafetyTuned's prompts have refusals of their own; all open with a sentence that the others may borrow."""
+    """SafetyTuned's prompts have refusals of their own; all open with a sentence that others may borrow."""
     parts = load_folder(fill(tmp_path), 0, is_refusal)
     for e in parts.toxic:
         own = names([e]) & names(prompts("tuned", 80, COMMAND))
@@ -426,7 +426,8 @@ def test_the_disclaimers_of_one_benchmark_are_refusals_in_any_other_file(tmp_pat
     unable = "I'm sorry I do not have the ability to help"
     rows = [f"{p},{unable} {i}." for i, p in enumerate(prompts("mine", 40))]
     for kind in ("toxic", "benign"):
-        given = load(fill(tmp_path / kind, {f"mine.{kind}.csv": "\n".join(["prompt,response", *rows])}), is_refusal)
+        files = {f"mine.{kind}.csv": "\n".join(["prompt,response", *rows])}
+        given = load(fill(tmp_path / kind, files), is_refusal)
         assert all((e.answer is not None) == (kind == "toxic") for e in given["mine", kind])
 
 

@@ -1,4 +1,4 @@
-"""Surgery on a tuned model: what is cut out, and when nothing is. And a rival is one more method of train.py."""
+"""Surgery on a tuned model: what is cut out, and when nothing is. A rival is one more method of train.py."""
 import dataclasses
 
 import torch

@@ -608,7 +608,7 @@ def test_every_method_of_the_tables_is_made_as_its_name_says(run, monkeypatch):
         base, s, shuffled = stages[refined]
         assert stages[tuned] == (refined, (), False) and base == "base"
         assert shuffled == (refined == "refined-shuffled")
-        paper = dict(hold=0.0, still=0.0, keep=0.0, with_safe=False, centre=False)         # the Circle loss alone
+        paper = dict(hold=0.0, still=0.0, keep=0.0, with_safe=False, centre=False)   # the Circle loss alone
         changes = paper if refined == "refined-paper" else {}
         assert s == dataclasses.replace(run.s, methods=",".join(OWN), **changes)
     assert stages["DCR+aug"] == ("refined", "natural", False)
