@@ -889,7 +889,7 @@ def load(folder, is_refusal):
                 toxic = label == "toxic"
                 wrong = e.answer and label != "general" and toxic != refuses
                 if wrong:                                   # the base's own, or a refusal, serves
-                    counts["without their response, which should refuse what is harmful alone"] += 1
+                    counts["without their response: it helps with harm, or refuses help"] += 1
                 answer = None if wrong else e.answer
                 benchmarks[name, label].append(replace(e, toxic=toxic, answer=answer))
         taken = counts.pop("taken", 0)
