@@ -574,7 +574,7 @@ GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 SMOLLM2 = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 READABLE = "byte-level BPE is read (SmolLM2, Qwen2, Llama-3), not SentencePiece (Llama-2, Gemma)"
 
-# Start, a turn for each message, opening of the answer, which ends with the last special token.
+# A chat: start, a turn for each message, opening of the answer; the last special token ends that.
 CHAT_FORMATS = (
     dict(special=("<|im_start|>", "<|im_end|>"), start="",
          turn="<|im_start|>{role}\n{words}<|im_end|>\n", opening="<|im_start|>assistant\n"),
@@ -955,8 +955,9 @@ def assemble(benchmarks, dealt, seed, limit):
     tuning = of_label(dealt["tuning"], "toxic")
     safe = with_refusals(tuning, seed)
     seemingly = of_label(dealt["refinement"], "benign")
+    refusals = shared_refusals(tuning)
     rng = random.Random(f"D_toxic {seed}")
-    toxic = [replace(e, answer=e.answer or rng.choice(shared_refusals(tuning)))
+    toxic = [replace(e, answer=e.answer or rng.choice(refusals))
              for e in of_label(dealt["refinement"], "toxic")]
 
     # Each class is compared with itself alone: XSTest's contrasts differ from its benign prompts by

@@ -431,7 +431,7 @@ def run_seed(run, results):
         "DCR-shuffled": ("refined-shuffled", tuned()),
     }
     for name, (start, make) in RIVALS.items():
-        recipes[name] = (start, lambda name, model, make=make: make(model, run))
+        recipes[name] = (start, lambda _, model, make=make: make(model, run))    # each its own
     if run.parts.later:                                  # benchmark files have no such prompts
         for name in ("STL-aug", "STL-aug-equal", "STL-aug-first", "DCR"):
             recipes[name + "+later"] = (name, tuned(later=True))

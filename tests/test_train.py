@@ -488,6 +488,23 @@ def test_a_mistyped_folder_does_not_spoil_the_next_command(small_world, tmp_path
     train.main([*small_world, "--out", str(tmp_path), "--methods=STL"])
 
 
+def test_the_mean_state_of_many_prompts_is_that_of_all_of_them(model, run, parts, monkeypatch):
+    """It is taken in batches, for memory: of 1,500 prompts in two, and yet their mean."""
+    many = dataclasses.replace(run, parts=dataclasses.replace(parts, toxic=parts.toxic * 37))
+    prompts = [run.chat.prompt(e.prompt) for e in parts.seemingly + parts.toxic * 37 + parts.safe]
+    assert 1200 < len(prompts) < 2400
+    seen = []
+
+    def loss(model, base, prompts, labels, tokens, targets, mean, s):
+        seen.append(mean)
+        return sum(p.sum() for p in model.parameters() if p.requires_grad)
+    monkeypatch.setattr(train, "refinement_loss", loss)
+    refine("refined", model, many, many.s)
+    with torch.no_grad():
+        expected = last_states(model, prompts, many.s.layer).mean(0)
+    assert torch.allclose(seen[0], expected, atol=1e-5)
+
+
 def test_other_benchmark_files_under_the_same_name_are_another_experiment(tmp_path):
     """Else models of the old files would be measured on suites of the new ones."""
     settings = {"data": str(tmp_path)}
