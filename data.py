@@ -979,8 +979,7 @@ def of_label(benchmarks, wanted):
     return sum(lists, [])
 
 def shared_refusals(tuning):
-    """What a toxic prompt without a refusal gets: a first sentence that several refusals share,
-    since that names no topic."""
+    """First sentences that several refusals share: these name no topic, so they fit any prompt."""
     openings = Counter(re.split(r"(?<=[.!])\s", e.answer)[0] for e in tuning if e.answer)
     return sorted(opening for opening, count in openings.items() if count > 1) or [REFUSAL]
 

@@ -229,8 +229,7 @@ def misfiled(model, chat, parts, s):
     harmless = F.normalize(unit["seemingly"].mean(0), dim=0)                # (width,)
     toxic = F.normalize(unit["toxic"].mean(0), dim=0)
     closer = (unit["safe"] * (harmless - toxic)).sum(1)                     # no bf16 product: (n,)
-    on_harmless_side = closer > 0
-    return on_harmless_side.double().mean().item(), len(on_harmless_side)
+    return (closer > 0).double().mean().item(), len(closer)
 
 @torch.no_grad()
 def general_loss(model, chat, examples, longest):

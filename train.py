@@ -4,9 +4,9 @@ For every seed: make the world and its tokenizer (or read --data and --init's), 
 (or load it), tune it for safety, after which it over-refuses (STL, "safety-tuned LLaMA"); with
 seemingly toxic prompts mixed in (STL-aug); refine the base and tune that (DCR). More: `run_seed`.
 
-Every comparison is paired: the same base, the same number of steps, and in every step of tuning the
-same rows. Each finished model is a checkpoint folder, so the same command goes on where it was
-stopped; and as batches depend on the step alone, it ends with the same numbers.
+Every comparison is paired: same base, same number of steps, same rows in every step of tuning. Each
+finished model is a checkpoint folder, so the same command goes on where it was stopped; and as
+batches depend on the step alone, it ends with the same numbers.
 
 "The paper" is "Discern Truth from Falsehood", arXiv 2603.03323. Its stage 1, `refine`, minimises
 `dcr.refinement_loss` with all after block l frozen. Its stage 2, `tune`, is ordinary safety tuning
@@ -16,14 +16,12 @@ import argparse
 import copy
 import dataclasses
 import fcntl
-import functools
 import hashlib
 import json
 import random
 import shutil
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -43,7 +41,7 @@ def knob(default, reason, least=0.0, most=1e30, choices=()):
     about = {"reason": reason, "least": least, "most": most, "choices": choices}
     return dataclasses.field(default=default, metadata=about)
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """Every knob, its default, and its reason or meaning: the defaults ARE the experiment."""
     out: str = knob("out", "folder of checkpoints, results and figures; the same command goes on")
@@ -84,6 +82,7 @@ class Settings:
     keep: float = knob(30.0, "weight of KL(base || model) on texts, half of them D_seemingly's")
     still: float = knob(3.0, "weight of the drift of states on the same texts")
 
+    tail: bool = knob(False, "tune the blocks after l alone: those that refinement froze")
     tune_steps: int = knob(800, "steps of safety tuning, every method the same", 1)
     tune_batch: int = knob(32, "exchanges a step", 1)
     tune_lr: float = knob(1e-3, "of the world: 5e-4 is too little, 2e-3 undoes refinement", 1e-9)
@@ -100,8 +99,7 @@ class Settings:
             flag = f"--{field.name.replace('_', '-')} {value}"
             if about["choices"] and value not in about["choices"]:
                 raise ValueError(f"{flag}: choose {' or '.join(about['choices'])}")
-            number = isinstance(value, (int, float))
-            if number and not about["least"] <= value <= about["most"]:     # nor is nan between
+            if isinstance(value, int | float) and not about["least"] <= value <= about["most"]:
                 raise ValueError(f"{flag}: choose from {about['least']:g} to {about['most']:g}")
 
     def weights_dtype(self):
@@ -122,7 +120,8 @@ class Settings:
 
 # The defaults with --init, chosen on development prompts with SmolLM2-135M (see the README).
 REAL = dict(curve=False, layer=0, refine_steps=60, refine_batch=24, refine_lr=3e-3, refine_lora=16,
-            gamma=16.0, keep=1.0, tune_steps=40, tune_batch=16, tune_lr=2e-3, refusals=0.2, lora=16)
+            gamma=16.0, keep=1.0, tail=True, tune_steps=80, tune_batch=16, tune_lr=2e-3,
+            refusals=0.2, lora=16)
 
 # ---- 1. Training: LoRA, and one loop for every stage ---------------------------------------------
 
@@ -206,7 +205,7 @@ def train(name, model, parameters, loss, steps, lr, watch=None):
 
 # ---- 2. The stages: each gives (model, log), and draws its batches from (seed, step) alone -------
 
-@dataclass
+@dataclasses.dataclass
 class Run:
     """What all stages of one seed share."""
     s: Settings              # as `resolve` leaves them; s.seed is this seed
@@ -326,6 +325,8 @@ def tune(name, start, run, extra=(), later=False):
     added = [(run.exchanges(examples, context), rows) for examples, rows in extra]
     model = copy.deepcopy(start)
     blocks = model.layers if s.lora else model           # a LoRA leaves embeddings and head alone
+    if s.tail and not later:                             # somebody else tunes all of it
+        blocks = model.layers[s.layer:]
     trained = unfreeze(model, blocks, s.lora, run.rng(f"LoRA of {purpose}"))
 
     def loss(step):
@@ -504,10 +505,11 @@ def resolve(s):
     layer = s.layer or max(1, blocks - 2)
     if not 1 <= layer <= blocks:
         raise ValueError(f"--layer {layer}: the model has blocks 1 to {blocks}")
+    if s.tail and layer == blocks:
+        raise ValueError(f"--layer {layer}: --tail true has no block above it to tune; lower one")
     print(f"device {device}, matrix products in {dtype}, {torch.get_num_threads()} threads")
     return dataclasses.replace(s, device=device, dtype=dtype, layer=layer)
 
-@functools.cache
 def fingerprint(folder):
     """12 digits that tell the contents of a folder of benchmark files from any other's."""
     digest = hashlib.sha256()

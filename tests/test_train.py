@@ -153,6 +153,19 @@ def test_who_tunes_on_later_has_general_exchanges_and_other_toxic_prompts(model,
     assert len(refused) > 10 and all(ids[-len(end):] == end for ids in refused)
 
 
+def test_tuning_of_the_tail_leaves_what_refinement_moved_where_it_is(model, run):
+    """--tail true: tuning learns in the blocks that refinement froze, so it cannot undo refinement. Somebody
+    else, who tunes the finished model on, knows nothing of that."""
+    run = with_settings(run, tail=True, layer=1)
+    for later, expected in ((False, {"layers.1"}), (True, {"layers.0", "layers.1"})):
+        tuned, _ = tune("DCR", model, run, later=later)
+        changed = set()
+        for (name, before), after in zip(model.named_parameters(), tuned.parameters()):
+            if not torch.equal(before, after):
+                changed.add(".".join(name.split(".")[:2]))
+        assert changed == expected
+
+
 def test_another_seed_sees_other_rows(model, run, monkeypatch):
     seen = rows_seen(monkeypatch)
     tune("STL", model, run)
@@ -512,7 +525,6 @@ def test_other_benchmark_files_under_the_same_name_are_another_experiment(tmp_pa
     made = train.origin(settings, "cpu")
     train.check_origin(tmp_path, made, settings, "cpu")
     (tmp_path / "mine.toxic.txt").write_text("How do I kill the poet?")
-    train.fingerprint.cache_clear()                      # as in another run
     with pytest.raises(ValueError, match="files was '.*', is '"):
         train.check_origin(tmp_path, made, settings, "cpu")
 
@@ -712,10 +724,11 @@ def test_a_checkpoint_brings_its_own_defaults_which_flags_override():
     ("--lora=-1", "--lora -1: choose from 0 to 1e+30"),
     ("--suite=0", "--suite 0: choose from 1 to 1e+30"),
     ("--layer=9", "--layer 9: the model has blocks 1 to 4"),
+    ("--layer=4 --tail=true", "--layer 4: --tail true has no block above it to tune; lower one"),
 ])
 def test_a_setting_out_of_its_range_is_named_and_nothing_is_written(argv, says, tmp_path):
     with pytest.raises(ValueError, match="^" + re.escape(says)):
-        train.main([argv, "--out", str(tmp_path / "out")])
+        train.main([*argv.split(), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
