@@ -82,7 +82,7 @@ class Settings:
     keep: float = knob(30.0, "weight of KL(base || model) on texts, half of them D_seemingly's")
     still: float = knob(3.0, "weight of the drift of states on the same texts")
 
-    tail: bool = knob(False, "tune the blocks after l alone: those that refinement froze")
+    tail: bool = knob(False, "tune only blocks after l: in a large model tuning undoes what is below")
     tune_steps: int = knob(800, "steps of safety tuning, every method the same", 1)
     tune_batch: int = knob(32, "exchanges a step", 1)
     tune_lr: float = knob(1e-3, "of the world: 5e-4 is too little, 2e-3 undoes refinement", 1e-9)
@@ -120,7 +120,7 @@ class Settings:
 
 # The defaults with --init, chosen on development prompts with SmolLM2-135M (see the README).
 REAL = dict(curve=False, layer=0, refine_steps=60, refine_batch=24, refine_lr=3e-3, refine_lora=16,
-            gamma=16.0, keep=1.0, tail=True, tune_steps=80, tune_batch=16, tune_lr=2e-3,
+            gamma=16.0, keep=1.0, tail=True, tune_steps=80, tune_batch=16, tune_lr=5e-3,
             refusals=0.2, lora=16)
 
 # ---- 1. Training: LoRA, and one loop for every stage ---------------------------------------------
