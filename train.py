@@ -82,7 +82,7 @@ class Settings:
     keep: float = knob(30.0, "weight of KL(base || model) on texts, half of them D_seemingly's")
     still: float = knob(3.0, "weight of the drift of states on the same texts")
 
-    tail: bool = knob(False, "tune blocks above l alone: nothing that refinement did is undone")
+    tail: bool = knob(False, "tune the blocks above l alone, so as not to undo refinement")
     tune_steps: int = knob(800, "steps of safety tuning, every method the same", 1)
     tune_batch: int = knob(32, "exchanges a step", 1)
     tune_lr: float = knob(1e-3, "of the world: 5e-4 is too little, 2e-3 undoes refinement", 1e-9)
