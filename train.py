@@ -92,7 +92,7 @@ class Settings:
     max_new: int = knob(32, "tokens a response, at most; the base's own answers end there", 1)
 
     def check(self):
-        """ValueError, one line, for the first setting out of its range."""
+        """ValueError, one line, for the first setting out of its range; nan is in none."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             about = field.metadata
@@ -325,7 +325,7 @@ def tune(name, start, run, extra=(), later=False):
     added = [(run.exchanges(examples, context), rows) for examples, rows in extra]
     model = copy.deepcopy(start)
     blocks = model.layers if s.lora else model           # a LoRA leaves embeddings and head alone
-    if s.tail and not later:                             # somebody else tunes all of it
+    if s.tail and not later:           # lower ones may undo refinement; somebody else tunes all
         blocks = model.layers[s.layer:]
     trained = unfreeze(model, blocks, s.lora, run.rng(f"LoRA of {purpose}"))
 
