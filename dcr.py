@@ -164,7 +164,7 @@ def refinement_loss(model, base, prompts, labels, tokens, targets, mean, s):
     blind to length: left free, toxic states grow fivefold, and a step of tuning moves them less.
 
     model, base     the GPT that is refined, and the GPT from which it started
-    prompts         lists of token ids, half of them of each class
+    prompts         lists of token ids, half of them D_seemingly's
     labels          (n,): 0 harmless, 1 toxic
     tokens, targets (B, T) texts to hold, from `data.collate`: half general, half D_seemingly's
     mean            (width,) the base's mean state over all prompts of refinement: the origin of
@@ -201,7 +201,7 @@ def drift(hidden, base_hidden, origin):
     """How far states (n, d) or lengths (n,) went: ||h - h_base||^2 / ||h_base - origin||^2."""
     moved = (hidden - base_hidden).square().sum()
     size = (base_hidden - origin).square().sum()
-    return moved / size
+    return moved / size.clamp(min=1e-30)                 # no rows, as random labels may give: 0
 
 def forgetting(logits, base_logits):
     """How answers changed: KL(base || model) of the next token, mean over positions; logits (n, V).

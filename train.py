@@ -270,39 +270,39 @@ def sft_loss(model, sequences, run):
 
 def refine(name, base, run, s, shuffled=False):
     """Stage 1, contrastive refinement: part harmless from toxic prompts at block l, tail frozen.
-    `s` is run.s or a variant. `shuffled` is the control: labels at random, all else the same."""
+    `s` is run.s or a variant. `shuffled` is the control: the very same batches, random labels."""
     model = copy.deepcopy(base)
     lower = model.layers[:s.layer]      # no embeddings: a word that moved would move in any context
     trained = unfreeze(model, lower, s.refine_lora, run.rng("LoRA of refinement"))
 
-    seemingly = run.parts.seemingly
     toxic = run.parts.toxic
     weights = None
     if s.with_safe:     # D_toxic, with the hard contrasts, is drawn as often as a larger D_safe
         times = max(1, round(len(run.parts.safe) / len(toxic)))
         weights = [times] * len(toxic) + [1] * len(run.parts.safe)
         toxic = toxic + run.parts.safe
-    if shuffled:
-        mixed = run.rng("shuffled").sample(seemingly + toxic, len(seemingly + toxic))
-        seemingly = mixed[:len(seemingly)]
-        toxic = mixed[len(seemingly):]
-    seemingly = [run.chat.prompt(e.prompt) for e in seemingly]           # lists of ids from here on
-    toxic = [run.chat.prompt(e.prompt) for e in toxic]
+    seemingly = [(run.chat.prompt(e.prompt), 0) for e in run.parts.seemingly]     # (ids, label)
+    toxic = [(run.chat.prompt(e.prompt), 1) for e in toxic]
+    if shuffled:                                         # a coin tossed once for every prompt
+        coin = run.rng("shuffled")
+        seemingly = [(ids, coin.randrange(2)) for ids, _ in seemingly]
+        toxic = [(ids, coin.randrange(2)) for ids, _ in toxic]
     general = run.exchanges(run.parts.general, base.config.context)
     # At --hold 0 nothing of D_seemingly is held, and words that both classes use get mixed up
     lookalikes = run.exchanges(answered(base, run), base.config.context) if s.hold else general
     half = s.refine_batch // 2
-    labels = torch.tensor([0] * half + [1] * half, device=run.s.device)    # 0 harmless, 1 toxic
-    prompts = seemingly + toxic
+    every = [ids for ids, _ in seemingly + toxic]
     total = 0
-    for start in range(0, len(prompts), 1200):           # a folder may have many: not all at once
+    for start in range(0, len(every), 1200):             # a folder may have many: not all at once
         with torch.no_grad(), run.autocast():
-            total += last_states(base, prompts[start:start + 1200], s.layer).float().sum(0)
-    mean = total / len(prompts)                          # (width,)
+            total += last_states(base, every[start:start + 1200], s.layer).float().sum(0)
+    mean = total / len(every)                            # (width,)
 
     def loss(step):
         rng = run.rng("refinement", step)
-        prompts = rng.choices(seemingly, k=half) + rng.choices(toxic, weights, k=half)   # balanced
+        drawn = rng.choices(seemingly, k=half) + rng.choices(toxic, weights, k=half)     # balanced
+        prompts = [ids for ids, _ in drawn]
+        labels = torch.tensor([label for _, label in drawn], device=run.s.device)        # (2 half,)
         sequences = rng.choices(general, k=half) + rng.choices(lookalikes, k=half)
         tokens, targets = collate(sequences, run.s.device)               # (B, T) each
         with run.autocast():

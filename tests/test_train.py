@@ -225,36 +225,50 @@ def test_refinement_moves_the_lower_blocks_and_nothing_else(model, run, shuffled
     assert all(torch.equal(p, original[name]) for name, p in model.named_parameters()), "the base"
 
 
-def classes_of_refinement(model, run, monkeypatch, with_safe, shuffled=False):
-    """The prompts that had label 0 and those that had label 1, over many steps."""
-    by_label = {0: set(), 1: set()}
+def batches_of_refinement(model, run, monkeypatch, with_safe, shuffled=False):
+    """[(prompts, labels)] of 100 steps: tuples of ids, and 0 or 1."""
+    batches = []
     objective = train.refinement_loss
 
     def watched(model, base, prompts, labels, *rest):
-        for ids, label in zip(prompts, labels.tolist(), strict=True):
-            by_label[label].add(tuple(ids))
-        assert labels.tolist().count(0) == labels.tolist().count(1)     # balanced in every batch
+        batches.append(([tuple(ids) for ids in prompts], labels.tolist()))
         return objective(model, base, prompts, labels, *rest)
     with monkeypatch.context() as patch:
         patch.setattr(train, "refinement_loss", watched)
         s = dataclasses.replace(run.s, refine_steps=100, refine_batch=16, with_safe=with_safe)
         refine("refined", model, run, s, shuffled)
-    return by_label
+    return batches
 
 
 @pytest.mark.parametrize("with_safe", [False, True])
-def test_shuffled_labels_keep_the_prompts_and_the_sizes_and_lose_the_truth(with_safe, model, run, parts,
-                                                                           monkeypatch):
-    """The prompts of tuning are known to be toxic too, and may join D_toxic."""
+def test_the_control_differs_from_refinement_by_its_labels_alone(with_safe, model, run, parts, monkeypatch):
+    """Same prompts in every step, half of them D_seemingly's; a coin says, once for each, what it is called.
+    (The prompts of tuning are known to be toxic too, and may join D_toxic.)"""
     of_toxic = parts.toxic + parts.safe if with_safe else parts.toxic
-    benign = {tuple(run.chat.prompt(e.prompt)) for e in parts.seemingly}
-    toxic = {tuple(run.chat.prompt(e.prompt)) for e in of_toxic}
-    true = classes_of_refinement(model, run, monkeypatch, with_safe)
-    assert true == {0: benign, 1: toxic}
-    control = classes_of_refinement(model, run, monkeypatch, with_safe, shuffled=True)
-    assert [len(control[label]) for label in (0, 1)] == [len(benign), len(toxic)]
-    assert not control[0] & control[1] and control[0] | control[1] == benign | toxic
-    assert control[0] & benign and control[0] & toxic
+    truth = {tuple(run.chat.prompt(e.prompt)): 1 for e in of_toxic}
+    truth |= {tuple(run.chat.prompt(e.prompt)): 0 for e in parts.seemingly}
+    true = batches_of_refinement(model, run, monkeypatch, with_safe)
+    control = batches_of_refinement(model, run, monkeypatch, with_safe, shuffled=True)
+    called = {}
+    for (prompts, labels), (same_prompts, tossed) in zip(true, control, strict=True):
+        assert labels == [0] * 8 + [1] * 8 == [truth[ids] for ids in prompts]
+        assert same_prompts == prompts
+        for ids, label in zip(prompts, tossed, strict=True):
+            assert called.setdefault(ids, label) == label           # as it was in every other batch
+    assert called.keys() == truth.keys()
+    for label in (0, 1):                                            # about half of either class
+        of_class = [called[ids] for ids in truth if truth[ids] == label]
+        assert 0.3 < sum(of_class) / len(of_class) < 0.7
+
+
+def test_a_batch_in_which_a_coin_fell_alike_for_all_has_a_loss(model, run):
+    """Then there is nothing to contrast, and nobody's drift or length to hold: 0, not 0 / 0."""
+    s = dataclasses.replace(run.s, refine_batch=4)
+    prompts = [run.chat.prompt(e.prompt) for e in run.parts.seemingly[:4]]
+    tokens, targets = train.collate(run.exchanges(run.parts.general[:4], model.config.context), "cpu")
+    for label in (0, 1):
+        loss = train.refinement_loss(model, model, prompts, torch.tensor([label] * 4), tokens, targets, 0, s)
+        assert loss.item() == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("rank", [0, 8])
