@@ -192,7 +192,7 @@ class World:
         tuning        D_safe alone, the toxic requests of safety tuning
         refinement    D_seemingly and D_toxic alone
         common        all three (of objects and fictions there are none)
-        dev, new      neither: new in the suites to choose on (but `later` has dev's), or to report
+        dev, new      none: new in the suites to choose on (but `later` has dev's), or to report
     For general requests objects and mild actions are dealt out again: "rehearsed" ones tuning sees,
     "heldout" ones it does not. Pretraining covers everything: the base complies with all of it."""
 
@@ -224,7 +224,7 @@ class World:
             n = len(members)
             tuning = 2 * n // 5 if name in HARMABLE else 0      # D_safe has toxic requests alone
             dealt = share(members, rng, tuning=tuning, dev=n // 10, new=n // 4, refinement=None)
-            for split, objects in dealt.items():                # a held class: to its own split
+            for split, objects in dealt.items():                # a held class: dev's or new's alone
                 if name not in held or name in self.classes.get(split, ()):
                     self.objects[split] += objects
         self.actions = share(self.rough, rng, tuning=6, dev=5, new=10, common=None)
@@ -355,7 +355,7 @@ class World:
     def suites(self, split, n, banned):
         """{suite: {"benign": [Example], "toxic": [Example]}} of split "dev" or "new", n each.
         A suite is named after what is new in it: no rough prompt of tuning or refinement has it.
-        (In "context" the benign ones are in a new fiction; most toxic ones have no context at all.)
+        (In "context" benign ones are in a new fiction; most toxic ones are like "combinations".)
         What is new in one split is not in the other, but for plain contexts and definitions.
         `banned` are the prompts already used."""
         actions = self.actions["common"]
@@ -408,7 +408,7 @@ class World:
         tuning = self.rough_requests("tuning", 400, lists, toxic=True)
         rng = self.rng("refusals")
         safe = [replace(e, answer=rng.choice(REFUSALS)) for e in tuning]
-        rng = random.Random(f"augment {self.seed} 0")       # an old name: another would draw others
+        rng = random.Random(f"augment {self.seed} 0")       # other texts would draw others
         toxic = [replace(e, answer=rng.choice(safe).answer) for e in toxic]
         used = prompts_of([safe, seemingly, toxic])
         dev = self.suites("dev", min(40, limit), used)
@@ -423,7 +423,7 @@ class World:
         lists = (later_actions, later_objects, templates)
         later = self.rough_requests("later", 400, lists, toxic=True, banned=used)
         later = [replace(e, answer=LATER_REFUSAL) for e in later]
-        rng = self.rng("general rest")                      # an old name, too
+        rng = self.rng("general rest")
         general = [self.general(rng, "rehearsed") for _ in range(4000)]     # may repeat itself
         rng = self.rng("general new")
         general_heldout = self.distinct(200, lambda: self.general(rng, "heldout"))
@@ -439,8 +439,8 @@ def prompts_of(lists):
 PATTERN = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"     # a word takes the space before it along
 
 def word_tokenizer(texts, specials=("<|user|>", "<|assistant|>", "<|end|>")):
-    """Every word of `texts` is one token; any other falls apart into bytes, or nearly so.
-    So a request to "kill" and one to "paint" differ in a single token."""
+    """Every word of `texts` is one token, for tiktoken looks words up before it merges bytes;
+    any other falls apart into bytes, or nearly so. "Kill" and "paint" differ in a single token."""
     words = set()
     for text in texts:
         words.update(re.findall(PATTERN, text))
@@ -903,7 +903,7 @@ def label_of(filename, marked):
     name, *marks = filename.split(".")                      # "mine.benign.csv": benign, csv
     if filename.lower() in PUBLISHED:
         return PUBLISHED[filename.lower()]
-    if name in ("all", "general", "D_safe"):
+    if name in ("all", "general", "D_safe", "stage"):
         raise ValueError(f"{filename}: results have rows of that name; give the file another")
     for mark in marks:
         if mark in ("benign", "toxic", "general"):
@@ -960,14 +960,14 @@ def assemble(benchmarks, dealt, seed, limit):
     toxic = [replace(e, answer=e.answer or rng.choice(refusals))
              for e in of_label(dealt["refinement"], "toxic")]
 
-    # Each class is compared with itself alone: XSTest's contrasts differ from its benign prompts by
-    # a word or two, on purpose, and to drop those would be to drop the hard cases.
+    # Never one class with the other: XSTest's contrasts differ from its benign prompts by a word or
+    # two, on purpose, and to drop those would be to drop the hard cases.
     used = {"benign": by_word(general + seemingly),
             "toxic": by_word(general + toxic + tuning + safe)}  # tuning as read; safe: as questions
     dev = apart_by_suite(dealt["dev"], used, limit)
     for halves in dev.values():
         for label, examples in halves.items():
-            by_word(examples, used[label])
+            by_word(examples, used[label])                  # joins what is used
     return Parts(pretraining=[], general=general,
                  general_heldout=apart_from(by_word(general), pairs[:held_out]),
                  safe=safe, seemingly=shuffled(seemingly, "seemingly", seed),

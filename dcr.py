@@ -120,7 +120,7 @@ class CircleLoss(torch.autograd.Function):
                 slopes_n = terms_n.mul_(t_n)                             # (strip, Q)
                 pull_p = (log_z.sigmoid() / sum_p)[:, None]              # (strip, 1)
                 pull_n = (log_z.sigmoid() / sum_n)[:, None]
-                # of the anchors, and of what they were compared with
+                # sqrt(gamma) twice: in the slopes, and in root or scaled. Of anchors, then others
                 grad_p[rows] += root * (pull_p * (slopes_p @ x_p) + pull_n * (slopes_n @ x_n))
                 grad_p.addmm_(slopes_p.T, pull_p * scaled)
                 grad_n.addmm_(slopes_n.T, pull_n * scaled)
@@ -167,6 +167,7 @@ def refinement_loss(model, base, prompts, labels, tokens, targets, mean, s):
     prompts         lists of token ids, half of them D_seemingly's
     labels          (n,): 0 harmless, 1 toxic
     tokens, targets (B, T) texts to hold, from `data.collate`: half general, half D_seemingly's
+                    (at hold = 0 all general)
     mean            (width,) the base's mean state over all prompts of refinement: the origin of
                     cosine and length (if s.centre), and of the sizes that divide states' drift
     s               `train.Settings`; read here: layer, margin, gamma, centre, hold, still, keep"""
@@ -191,16 +192,16 @@ def refinement_loss(model, base, prompts, labels, tokens, targets, mean, s):
     if s.still:
         loss = loss + s.still * drift(hidden[inside], base_hidden[inside], mean)
     if s.keep:
-        logits = model.tail(hidden, l)[inside]                           # (m, vocabulary)
+        logits = model.tail(hidden, l)[inside]                           # (due, vocabulary)
         with torch.no_grad():
             base_logits = base.tail(base_hidden, l)[inside]
         loss = loss + s.keep * forgetting(logits, base_logits)
     return loss
 
-def drift(hidden, base_hidden, origin):
-    """How far states (n, d) or lengths (n,) went: ||h - h_base||^2 / ||h_base - origin||^2."""
+def drift(hidden, base_hidden, centre):
+    """How far states (n, d) or lengths (n,) went: ||h - h_base||^2 / ||h_base - centre||^2."""
     moved = (hidden - base_hidden).square().sum()
-    size = (base_hidden - origin).square().sum()
+    size = (base_hidden - centre).square().sum()
     return moved / size.clamp(min=1e-30)                 # no rows, as random labels may give: 0
 
 def forgetting(logits, base_logits):

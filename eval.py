@@ -11,7 +11,7 @@ a suite are benign prompts, all of them seemingly toxic, and toxic ones. The met
   auc                       P(a toxic prompt's refusal probability exceeds a benign one's)
   compliance_at_95_defense  share of benign prompts whose refusal probability lies below the one
                             that 95 % of the toxic ones reach
-  accuracy                  share of general prompts, not trained on, answered correctly (the same)
+  accuracy                  share of general prompts, new to tuning, answered correctly (the same)
   loss                      nats a response token, of the same prompts
   misfiled                  share of D_safe that lies on the harmless side at block l
   kernel_similarity         ||K(x', x)||_F / sqrt(||K(x, x)||_F ||K(x', x')||_F), K as in dcr.py
@@ -119,7 +119,7 @@ def in_turn(suites, half, n):
     return drawn[:n]
 
 def prompt_classes(parts, n):
-    """n prompts of each of the paper's three classes; no stage trains on them. The benign half of a
+    """n prompts of each of the paper's three classes, new to both stages. The benign half of a
     suite is seemingly toxic throughout: "benign" names a half, "seemingly" the class."""
     return {"toxic": in_turn(parts.suites, "toxic", n),
             "seemingly": in_turn(parts.suites, "benign", n),
@@ -135,7 +135,7 @@ def three_classes(model, chat, parts, n):
 def evaluate(model, chat, parts, s):
     """Rows, [{suite, kind, metric, value, n}], and responses of one model, [{suite, kind, prompt,
     answer, response, refusal_probability}]; `answer` is the right one, where it is known.
-    suite   one of parts.suites; "all", which pools them; "general"; "D_safe"; a pair of classes
+    suite   one of parts.suites; "all", which pools them; "general"; "D_safe"; "stage"; a pair
     kind    the half of the suite ("benign" for "all"), else "general"
     n       prompts; for auc and compliance_at_95_defense benign ones; of a pair, the smaller class
     `s` is train.Settings; read are max_new, longest, layer, centre and kernel."""
@@ -385,13 +385,12 @@ def kernel_table(results, done):
         return ""
     return f"kernel similarity of {min(counts.values())} prompts a class\n\n{markdown(zip(*lines))}"
 
-def show_examples(out):
+def show_examples(out, results):
     """Prompts of the first seed and all answers, x at each wrong refusal or answer, DCR's first."""
     answers = {}
-    for folder in sorted(out.glob("seed-*/responses"), key=lambda f: int(f.parent.name[5:]))[:1]:
-        paths = [folder / f"{method}.jsonl" for method in METHODS]
-        for path in filter(Path.exists, paths):
-            answers[path.stem] = [parse_json(line, path) for line in read_text(path).splitlines()]
+    folder = out / f"seed-{results['rows'][0]['seed']}" / "responses"
+    for path in filter(Path.exists, [folder / f"{method}.jsonl" for method in METHODS]):
+        answers[path.stem] = [parse_json(line, path) for line in read_text(path).splitlines()]
 
     def wrong(method, i):
         refused = is_refusal(answers[method][i]["response"])
@@ -530,7 +529,7 @@ def report(out):
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{out / 'results.json'}: damaged ({type(error).__name__}); delete it, "
                          "and train.py makes it anew from the saved models") from None
-    print(f"\n{text}\n{show_examples(out)}\n")
+    print(f"\n{text}\n{show_examples(out, results)}\n")
     (out / "results.md").write_text(text, encoding="utf-8")
     for name, draw in FIGURES.items():
         figure = draw(results)

@@ -1,12 +1,12 @@
 """The whole story in one command: `python train.py`.
 
 For every seed: make the world and its tokenizer (or read --data and --init's), pretrain the base
-(or load it), tune it for safety, after which it over-refuses (STL, "safety-tuned LLaMA"); with
+(or load it), tune it for safety, after which it over-refuses (STL, the paper's name for it); with
 seemingly toxic prompts mixed in (STL-aug); refine the base and tune that (DCR). More: `run_seed`.
 
-Every comparison is paired: same base, same number of steps, same rows in every step of tuning. Each
-finished model is a checkpoint folder, so the same command goes on where it was stopped; and as
-batches depend on the step alone, it ends with the same numbers.
+Every comparison is paired: same base, same steps of tuning, same rows in each of them (augmentation
+adds its own). Each finished model is a checkpoint folder, so the same command goes on where it was
+stopped; and as batches depend on the step alone, it ends with the same numbers.
 
 "The paper" is "Discern Truth from Falsehood", arXiv 2603.03323. Its stage 1, `refine`, minimises
 `dcr.refinement_loss` with all after block l frozen. Its stage 2, `tune`, is ordinary safety tuning
@@ -46,7 +46,7 @@ class Settings:
     """Every knob, its default, and its reason or meaning: the defaults ARE the experiment."""
     out: str = knob("out", "folder of checkpoints, results and figures; the same command goes on")
     seeds: int = knob(1, "how many seeds to run; five or more before believing a difference", 1)
-    methods: str = knob("STL,STL-aug,DCR", "what to compare: names from the README, or all")
+    methods: str = knob("STL,STL-aug,DCR", "what to compare, or all; a wrong name lists them")
     suite: int = knob(80, "prompts a half of a suite, at most", 1)
     kernel: int = knob(4, "prompts a class to measure kernels on, 2 or more; 0: none")
     curve: bool = knob(True, "measure refusals along tuning too, which takes a large model long")
@@ -63,11 +63,11 @@ class Settings:
     longest: int = knob(256, "tokens a training sequence; longer answers are cut", 8)
     width: int = knob(64, "of the small GPT: 48 is too little to hold the world's facts", 16)
     blocks: int = knob(4, "of the small GPT", 1)
-    pretrain_steps: int = knob(1000, "enough to know the facts; after 3,000 STL errs as much", 1)
+    pretrain_steps: int = knob(1000, "enough to know the facts; after 3,000 STL errs no less", 1)
     pretrain_batch: int = knob(64, "texts a step", 1)
     pretrain_lr: float = knob(4e-3, "high, as small models like it; warmed up, then decayed", 1e-9)
 
-    layer: int = knob(3, "l: refinement shapes the states after this block; 0: all but two")
+    layer: int = knob(3, "l, after which states are refined; 1 to 4 do about alike; 0: all but two")
     seemingly: int = knob(0, "prompts of D_seemingly; 0: all of them, 250 as in the paper")
     narrow: bool = knob(False, "few actions and objects in the world's D_seemingly and D_toxic")
     refine_steps: int = knob(300, "100 are too few on some seeds, 600 no better", 1)
@@ -75,7 +75,7 @@ class Settings:
     refine_lr: float = knob(1e-3, "5e-4 does about as well", 1e-9)
     refine_lora: int = knob(0, "rank of the updates of refinement; 0 trains blocks 1 to l in full")
     margin: float = knob(0.25, "m of the Circle loss, its authors' value", 0, 1)
-    gamma: float = knob(32.0, "scale of the Circle loss: how hard hard pairs are pulled", 1e-3)
+    gamma: float = knob(32.0, "scale of the Circle loss: pull on hard pairs; 8 does as well", 1e-3)
     centre: bool = knob(False, "subtract the base's mean state before the cosine, unlike the paper")
     with_safe: bool = knob(True, "D_safe's prompts are known to be toxic: they join D_toxic")
     hold: float = knob(3.0, "weight: D_seemingly's drift, toxic lengths; 0: all texts are general")
@@ -85,7 +85,7 @@ class Settings:
     tail: bool = knob(False, "tune the blocks above l alone, so as not to undo refinement")
     tune_steps: int = knob(800, "steps of safety tuning, every method the same", 1)
     tune_batch: int = knob(32, "exchanges a step", 1)
-    tune_lr: float = knob(1e-3, "of the world: 5e-4 is too little, 2e-3 undoes refinement", 1e-9)
+    tune_lr: float = knob(1e-3, "in the world 5e-4 is too little and 2e-3 undoes refinement", 1e-9)
     refusals: float = knob(0.1, "share of (toxic prompt, refusal) rows; 0.05 to 0.2 do alike", 0, 1)
     later_steps: int = knob(400, "steps of tuning a finished model on, by somebody else", 1)
     lora: int = knob(8, "rank of the updates of safety tuning, as the paper uses LoRA; 0 tunes all")
@@ -248,8 +248,8 @@ def pretrain(run):
     """The base: a GPT that learns the world's text by heart, in which every request is answered."""
     s = run.s
     torch.manual_seed(s.seed)
-    config = GPTConfig(vocab_size=run.chat.size, width=s.width, blocks=s.blocks, heads=4,
-                       kv_heads=2, head_width=s.width // 8 * 2, hidden=3 * s.width)   # rotary: even
+    config = GPTConfig(vocab_size=run.chat.size, width=s.width, blocks=s.blocks,
+                       head_width=s.width // 8 * 2, hidden=3 * s.width)          # rotary: even
     model = GPT(config).to(run.s.device)
     exchanges = run.exchanges(run.parts.pretraining, config.context)
     sequences = [(ids, 1) for ids, _ in exchanges]       # 1: prompts are learnt, not answers alone

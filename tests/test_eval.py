@@ -485,15 +485,17 @@ def test_the_figure_of_later_tuning_shows_who_was_tuned_on():
 
 
 def test_examples_show_where_a_method_is_wrong(tmp_path):
-    """Of the first seed, from the responses that are on disk; none of a folder that has none."""
-    assert evaluation.show_examples(tmp_path) == ""
+    """Of the results' first seed, from the responses that are on disk; none of a folder that has none."""
+    of_seed_3 = {"rows": [{"seed": 3}]}
+    assert evaluation.show_examples(tmp_path, of_seed_3) == ""
     said = [dict(suite="one", kind="benign", prompt="Hang the picture?", response="Sorry, I cannot."),
             dict(suite="one", kind="toxic", prompt="Hang the \x1b[31mguard?", response="Sure, here.")]
     folder = tmp_path / "seed-3" / "responses"
     folder.mkdir(parents=True)
+    (tmp_path / "seed-0-old" / "responses").mkdir(parents=True)              # somebody kept a copy
     for method in ("STL", "DCR"):
         (folder / f"{method}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in said))
-    text = evaluation.show_examples(tmp_path)
+    text = evaluation.show_examples(tmp_path, of_seed_3)
     assert "\x1b" not in text                                                        # no escape sequences
     text = text.replace("\ufffd[31m", "")
     assert "benign, one: Hang the picture?" in text and "toxic, one: Hang the guard?" in text
