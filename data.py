@@ -356,8 +356,7 @@ class World:
         """{suite: {"benign": [Example], "toxic": [Example]}} of split "dev" or "new", n each.
         A suite is named after what is new in it: no rough prompt of tuning or refinement has it.
         (In "context" benign ones are in a new fiction; most toxic ones are like "combinations".)
-        What is new in one split is not in the other, but for plain contexts and definitions.
-        `banned` are the prompts already used."""
+        What is new in one split is not in the other, but for plain contexts and definitions."""
         actions = self.actions["common"]
         objects = self.objects["refinement"]
         templates = self.templates["common"]
@@ -543,7 +542,7 @@ def parse_json(text, path, line=1):
         return json.loads(text)
     except json.JSONDecodeError as error:
         remedy = "correct that line or fetch the file again"
-        if error.msg == "Extra data" and Path(path).suffix == ".json":
+        if error.msg == "Extra data" and Path(path).suffix.lower() == ".json":
             remedy = "if each line is an object of its own, call the file .jsonl"
         raise ValueError(f"{path}: line {line + error.lineno - 1}: not JSON ({error.msg}); "
                          f"{remedy}") from None
@@ -664,8 +663,8 @@ def chat_format(folder, special):
     source = template_source(folder)
 
     def fits(form):
-        begins = form["start"] in source or "bos_token" in source        # or as a variable
-        as_written = begins and form["opening"] in source
+        starts = "<|begin_of_text|>" in source or "bos_token" in source      # or as a variable
+        as_written = starts == bool(form["start"]) and form["opening"] in source
         return special.keys() >= set(form["special"]) and (as_written or not source)
 
     fitting = [form for form in CHAT_FORMATS if fits(form)]
@@ -691,7 +690,7 @@ def template_source(folder):
         source = read_text(folder / "chat_template.jinja")
     elif (folder / "tokenizer_config.json").exists():
         source = read_json(folder / "tokenizer_config.json").get("chat_template") or ""
-    return str(source).replace("\\n", "\n")                 # some write \n, some a real newline
+    return source.replace("\\n", "\n")                      # some write \n, some a real newline
 
 def system_message(source):
     r"""The system message that a chat_template begins with; "" if none.
@@ -700,9 +699,10 @@ def system_message(source):
     Llama-3.1 and later have two dates in it, until when the model knows things and today's:
         {%- set date_string = "1 Jul 2030" %} ... {{- "Cutting Knowledge Date: May 2029\n" }}
     We keep the template's "today", since no result may depend on the day of the run."""
-    chatml = re.search(r"<\|im_start\|>system\n([^'\"]+?)<\|im_end\|>", source)
+    literal = r"(['\"])<\|im_start\|>system\n((?:\\.|(?!\1).)+?)<\|im_end\|>"     # up to its quote
+    chatml = re.search(literal, source, re.S)
     if chatml:
-        return chatml[1]
+        return re.sub(r"\\(.)", r"\1", chatml[2])      # what a backslash protects: a quote, another
     today = re.search(r'date_string = "(\d.+?)"', source)
     knowledge = re.search(r'"(Cutting Knowledge Date: .+?)\n"', source)
     if today and knowledge:
@@ -712,9 +712,8 @@ def system_message(source):
 # ---- 5. Files of prompts -------------------------------------------------------------------------
 
 FORMATS = (".csv", ".json", ".jsonl", ".txt")
-# A prompt's column, under the names that published sets use, and what follows it after a blank line
-PROMPT_COLUMNS = {"prompt": (), "instruction": ("input", "context"), "goal": (), "question": (),
-                  "forbidden_prompt": (), "behavior": ("contextstring",), "request": ()}
+PROMPT_COLUMNS = "prompt instruction goal question forbidden_prompt behavior request".split()
+MORE_COLUMNS = ("input", "context", "contextstring")    # follows the prompt after a blank line
 ANSWER_COLUMNS = ("output", "response", "answer")       # not AdvBench's `target`: it complies
 
 def records(path):
@@ -742,18 +741,23 @@ def records(path):
     return [(f"row {number}", row) for number, row in enumerate(rows, 1)]
 
 def rows_of_json(value, path):
-    """The rows of a JSON file: a list; or the list of prompts in {"instructions": [...], ...}, or
-    the only list there is; or an object that is one row."""
+    """The rows of a JSON file: a list, or the only list of an object; or columns, as in
+    {"prompt": [...], "response": [...]}; or an object that is one row."""
     if isinstance(value, dict):
         is_row = any(isinstance(value.get(name), str) for name in PROMPT_COLUMNS)
-        lists = {name: rows for name, rows in value.items() if isinstance(rows, list)}
-        columns = (*PROMPT_COLUMNS, *ANSWER_COLUMNS)
-        named = [name for name in lists if name.lower().removesuffix("s") in columns]
-        chosen = named or list(lists)
-        if len(chosen) > 1 and not is_row:
-            raise ValueError(f"{path}: several lists, {', '.join(chosen)}; keep one of them, or "
+        lists = {k.lower().removesuffix("s"): v for k, v in value.items() if isinstance(v, list)}
+        if is_row or not lists:
+            return [value]
+        named = lists.keys() & set(PROMPT_COLUMNS)
+        lengths = {len(cells) for cells in lists.values()}
+        rows, *more = lists.values()
+        if len(named) == 1 and len(lengths) == 1:
+            value = [dict(zip(lists, cells)) for cells in zip(*lists.values())]
+        elif not named and not more and all(isinstance(row, dict) for row in rows):
+            value = rows
+        else:
+            raise ValueError(f"{path}: prompts are in which of {', '.join(lists)}; keep one, or "
                              'write [{"prompt": ..., "response": ...}, ...]')
-        value = lists[chosen[0]] if chosen and not is_row else [value]
     if not isinstance(value, list):
         raise ValueError(f'{path}: neither a list nor an object; write [{{"prompt": ...}}]')
     return value
@@ -787,16 +791,19 @@ def read_prompts(path):
         prompt = text_of(columns[0])
         if not prompt:
             raise ValueError(f"{source}: no text under {columns[0]!r}; fill it in or delete it")
-        for column in PROMPT_COLUMNS[columns[0]]:
+        for column in MORE_COLUMNS:
             if text_of(column):
                 prompt += "\n\n" + text_of(column)
         answers = [text_of(column) for column in ANSWER_COLUMNS if text_of(column)]
         answer = answers[0] if answers else None
-        contrast = str(cell.get("type", "")).startswith("contrast_")
-        toxic = contrast or cell.get("label") == "unsafe"
+        kind = str(cell.get("type") or "").strip().lower()
+        label = str(cell.get("label") or "").strip().lower()
+        toxic = {"safe": False, "unsafe": True}.get(label)      # None: it does not say
+        if kind and not label:
+            toxic = kind.startswith("contrast_")
         examples.append(Example(prompt, answer, toxic, source))
     if not examples:
-        raise ValueError(f"{path}: no rows; fetch the file again or remove it")
+        raise ValueError(f"{path}: no rows; fetch it again, or give a CSV a first row of names")
     return examples
 
 # ---- 6. The parts of the experiment, from a folder of such files: load, deal, assemble -----------
@@ -870,7 +877,7 @@ def load(folder, is_refusal):
     seen = set()
     for path in paths:
         examples = read_prompts(path)
-        name, file_label = label_of(path.name, any(e.toxic for e in examples))
+        name, file_label = label_of(path.name, {e.toxic for e in examples})
         counts = Counter()
         for e in examples:
             label = "toxic" if e.toxic else file_label
@@ -897,18 +904,22 @@ def load(folder, is_refusal):
         print(f"{path.name}: took {taken} of {len(examples)} rows{left_out}")
     return dict(benchmarks)
 
-def label_of(filename, marked):
-    """(name, label) of a file by its name. If that does not tell, but rows are `marked` as toxic,
-    as in XSTest, the others are benign; else ValueError: a wrong guess teaches wrong refusals."""
+def label_of(filename, told):
+    """(name, label) of a file: by its name; else "benign" for its rows that are not toxic, if each
+    row says what it is (`told` has each answer: True, False or None). ValueError if neither tells:
+    a wrong guess teaches wrong refusals."""
     name, *marks = filename.split(".")                      # "mine.benign.csv": benign, csv
-    if filename.lower() in PUBLISHED:
-        return PUBLISHED[filename.lower()]
+    published = PUBLISHED.get(filename.lower())
+    if published == ("XSTest", "benign") and True not in told:
+        raise ValueError(f"{filename}: no type or label tells its unsafe prompts; fetch it again")
+    if published:
+        return published
     if name in ("all", "general", "D_safe", "stage"):
         raise ValueError(f"{filename}: results have rows of that name; give the file another")
     for mark in marks:
         if mark in ("benign", "toxic", "general"):
             return name, mark
-    if marked:
+    if told == {False, True}:
         return name, "benign"
     raise ValueError(f"{filename}: what is in it? Call it {name}.benign, {name}.toxic or "
                      f"{name}.general with the same ending, or take it out of the folder")

@@ -166,22 +166,19 @@ def refinement_loss(model, base, prompts, labels, tokens, targets, mean, s):
     model, base     the GPT that is refined, and the GPT from which it started
     prompts         lists of token ids, half of them D_seemingly's
     labels          (n,): 0 harmless, 1 toxic
-    tokens, targets (B, T) texts to hold, from `data.collate`: half general, half D_seemingly's
-                    (at hold = 0 all general)
-    mean            (width,) the base's mean state over all prompts of refinement: the origin of
-                    cosine and length (if s.centre), and of the sizes that divide states' drift
-    s               `train.Settings`; read here: layer, margin, gamma, centre, hold, still, keep"""
+    tokens, targets (B, T) texts to hold, from `data.collate`: general ones, and D_seemingly's
+    mean            (width,) the base's mean state over all prompts of refinement: see `drift`
+    s               `train.Settings`; read here: layer, margin, gamma, hold, still, keep"""
     l = s.layer
-    origin = mean if s.centre else 0
     states = last_states(model, prompts, l)                              # (n, width): h_x
-    loss = circle_loss(states - origin, labels, margin=s.margin, gamma=s.gamma)
+    loss = circle_loss(states, labels, margin=s.margin, gamma=s.gamma)
     if s.hold:
         harmless = labels == 0
         with torch.no_grad():
             base_states = last_states(base, prompts, l)
         loss = loss + s.hold * drift(states[harmless], base_states[harmless], mean)
-        lengths = (states - origin)[~harmless].norm(dim=1)               # (n / 2,)
-        base_lengths = (base_states - origin)[~harmless].norm(dim=1)
+        lengths = states[~harmless].norm(dim=1)                          # (n / 2,)
+        base_lengths = base_states[~harmless].norm(dim=1)
         loss = loss + s.hold * drift(lengths, base_lengths, 0)
     if not (s.still or s.keep):
         return loss
@@ -335,10 +332,9 @@ def kernel(model, prompts):
     return Kernel(model.lm_head.weight.detach().double(), h.double(), groups)
 
 def kernel_norms(model, prompts):
-    """||K(x', x)||_F of all pairs of prompts (lists of ids), (n, n): exact for the small GPT.
-    Exactness costs n^2 width^2 numbers and needs an untied head. Other models get what the paper
-    measures: of each prompt its own 10 likeliest logits alone, and the last 4 blocks alone. That is
-    another quantity, so compare models within one kind."""
+    """||K(x', x)||_F of all pairs of prompts (lists of ids), (n, n): exact for the small GPT, which
+    costs n^2 width^2 numbers and needs an untied head. Other models get what the paper measures, of
+    each prompt its own 10 likeliest logits and the last 4 blocks: not to be compared with that."""
     if model.config.width <= 128 and not model.config.tied:
         return kernel(model, prompts).norms()
     if model.lm_head.weight.dtype != torch.float32:                      # matrices in bf16

@@ -138,7 +138,7 @@ def evaluate(model, chat, parts, s):
     suite   one of parts.suites; "all", which pools them; "general"; "D_safe"; "stage"; a pair
     kind    the half of the suite ("benign" for "all"), else "general"
     n       prompts; for auc and compliance_at_95_defense benign ones; of a pair, the smaller class
-    `s` is train.Settings; read are max_new, longest, layer, centre and kernel."""
+    `s` is train.Settings; read are max_new, longest, layer and kernel."""
     general = parts.general_heldout
     asked = []
     for suite, halves in (parts.suites | {"general": {"general": general}}).items():
@@ -222,10 +222,7 @@ def misfiled(model, chat, parts, s):
     for name in ("seemingly", "toxic", "safe"):
         prompts = [chat.prompt(e.prompt) for e in vars(parts)[name][:500]]  # 500 are enough
         states[name] = last_states(model, prompts, s.layer).float()         # (n, width)
-    mean = 0
-    if s.centre:                                        # here this model's mean, not the base's
-        mean = torch.cat([states["seemingly"], states["toxic"]]).mean(0)
-    unit = {name: F.normalize(h - mean, dim=1) for name, h in states.items()}
+    unit = {name: F.normalize(h, dim=1) for name, h in states.items()}
     harmless = F.normalize(unit["seemingly"].mean(0), dim=0)                # (width,)
     toxic = F.normalize(unit["toxic"].mean(0), dim=0)
     closer = (unit["safe"] * (harmless - toxic)).sum(1)                     # no bf16 product: (n,)
@@ -265,8 +262,7 @@ METHODS = {
     "STL-aug-equal": "#e377c2", "STL-aug-first": "#ff7f0e", "DCR-paper": "#17becf",
     "DCR-shuffled": "#8c564b", "DCR": "#1f77b4", "DCR+aug": "#2ca02c", "STL-aug+later": "#9467bd",
     "STL-aug-equal+later": "#e377c2", "STL-aug-first+later": "#ff7f0e", "DCR+later": "#1f77b4"}
-# The models whose kernels are measured, for that takes long.
-KERNELS_OF = ("base", "STL", "STL-aug", "refined", "DCR", "DCR-shuffled")
+KERNELS_OF = ("base", "STL", "STL-aug", "refined", "DCR", "DCR-shuffled")     # it takes long
 # The paper's three classes of prompts: their colours and markers, their names in figures.
 CLASSES = {"toxic": ("#8b0000", "s"), "seemingly": ("#f4a259", "o"), "general": ("#2a6f97", "^")}
 LABELS = {"toxic": "toxic", "seemingly": "seemingly toxic", "general": "general"}
@@ -278,8 +274,6 @@ COLUMNS = {                 # title: metric, kind, suite (None: the mean over su
     "answers at 95 % defense": ("compliance_at_95_defense", "benign", "all", 100, 1),
     "general accuracy": ("accuracy", "general", None, 100, 1),
     "general loss": ("loss", "general", None, 1, 3)}
-ANSWERED = COLUMNS["answers benign"][:3]
-REFUSED = COLUMNS["refuses toxic"][:3]
 
 def values(results, method, metric, kind, suite=None):
     """One value a seed: that of one suite, or without `suite` the mean over all but "all"."""
@@ -451,9 +445,9 @@ def figure_answers(results):
     split = results["settings"]["split"]
     title = f"Who answers the harmless, and still refuses the harmful? (mean over {split} suites)"
     figure, panels = axes(title, 2, (8.6, 1.4 + 0.28 * len(methods)))
-    for panel, what in zip(panels, (ANSWERED, REFUSED)):
+    for panel, column in zip(panels, ("answers benign", "refuses toxic")):
         for y, method in enumerate(methods):
-            x = 100 * np.array(values(results, method, *what))              # (seeds,)
+            x = 100 * np.array(values(results, method, *COLUMNS[column][:3]))    # (seeds,)
             panel.scatter(x, [y] * len(x), s=26, color=METHODS[method], alpha=0.6, linewidths=0)
             panel.scatter(np.median(x), y, s=160, marker="|", color="black", zorder=3)
         panel.set(xlim=(-3, 103))
@@ -464,7 +458,8 @@ def figure_answers(results):
 
 def figure_tuning(results):
     """Refusal probability along tuning. Thin lines: seeds; thick: their mean."""
-    methods = with_curves(results, ("STL", "DCR"))
+    there = {entry["method"] for entry in results["curves"]}
+    methods = [name for name in ("STL", "DCR") if name in there]
     if not methods:
         return None
     split = results["settings"]["split"]
@@ -482,7 +477,8 @@ def figure_tuning(results):
 
 def figure_later(results):
     """What is left of it once somebody else tunes the model on."""
-    methods = with_curves(results, [name for name in METHODS if name.endswith("+later")])
+    there = {entry["method"] for entry in results["curves"]}
+    methods = [name for name in METHODS if name in there and name.endswith("+later")]
     if not methods:
         return None
     figure, (panel,) = axes("How likely look-alikes are refused once others tune on", size=(7, 3.8))
@@ -492,10 +488,6 @@ def figure_later(results):
     panel.set(xlabel="step of later tuning", ylabel="P(refusal) of seemingly toxic prompts")
     panel.legend(frameon=False, loc="upper left")
     return figure
-
-def with_curves(results, methods):
-    there = {entry["method"] for entry in results["curves"]}
-    return [method for method in methods if method in there]
 
 def curve(panel, results, method, name, colour, marker, label):
     """Draw what the points of a method's curves have of one class, a line a seed and their mean."""

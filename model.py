@@ -388,8 +388,7 @@ def read_weights(folder):
     tensors = {}
     for file in files:
         tensors |= read_safetensors(file)
-    constant = "rotary_emb.inv_freq"                           # in old checkpoints
-    return {name: tensor for name, tensor in tensors.items() if not name.endswith(constant)}
+    return tensors
 
 def read_safetensors(path):
     """{name: tensor}, mapped into memory. A file: 8 bytes with the length of a header, the header,

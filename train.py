@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import eval as evaluation
-from data import (Chat, Parts, World, collate, load_folder, load_tokenizer, read_json, world_chat,
-                  write, write_json)
+from data import (FORMATS, Chat, Parts, World, collate, load_folder, load_tokenizer, read_json,
+                  world_chat, write, write_json)
 from dcr import refinement_loss
 from model import GPT, GPTConfig, last_states, read_config, token_losses
 
@@ -67,7 +67,7 @@ class Settings:
     pretrain_batch: int = knob(64, "texts a step", 1)
     pretrain_lr: float = knob(4e-3, "high, as small models like it; warmed up, then decayed", 1e-9)
 
-    layer: int = knob(3, "l, after which states are refined; 1 to 4 do about alike; 0: all but two")
+    layer: int = knob(3, "l: refinement shapes the states after this block; 0: all but two")
     seemingly: int = knob(0, "prompts of D_seemingly; 0: all of them, 250 as in the paper")
     narrow: bool = knob(False, "few actions and objects in the world's D_seemingly and D_toxic")
     refine_steps: int = knob(300, "100 are too few on some seeds, 600 no better", 1)
@@ -76,7 +76,6 @@ class Settings:
     refine_lora: int = knob(0, "rank of the updates of refinement; 0 trains blocks 1 to l in full")
     margin: float = knob(0.25, "m of the Circle loss, its authors' value", 0, 1)
     gamma: float = knob(32.0, "scale of the Circle loss: pull on hard pairs; 8 does as well", 1e-3)
-    centre: bool = knob(False, "subtract the base's mean state before the cosine, unlike the paper")
     with_safe: bool = knob(True, "D_safe's prompts are known to be toxic: they join D_toxic")
     hold: float = knob(3.0, "weight: D_seemingly's drift, toxic lengths; 0: all texts are general")
     keep: float = knob(30.0, "weight of KL(base || model) on texts, half of them D_seemingly's")
@@ -292,10 +291,11 @@ def refine(name, base, run, s, shuffled=False):
     lookalikes = run.exchanges(answered(base, run), base.config.context) if s.hold else general
     half = s.refine_batch // 2
     every = [ids for ids, _ in seemingly + toxic]
+    at_once = 40_000 // max(map(len, every))             # a folder may have many, or long ones
     total = 0
-    for start in range(0, len(every), 1200):             # a folder may have many: not all at once
+    for start in range(0, len(every), at_once):
         with torch.no_grad(), run.autocast():
-            total += last_states(base, every[start:start + 1200], s.layer).float().sum(0)
+            total += last_states(base, every[start:start + at_once], s.layer).float().sum(0)
     mean = total / len(every)                            # (width,)
 
     def loss(step):
@@ -375,10 +375,12 @@ def finished(run, name, make):
         return model, read_json(folder / "log.json")
     model, log = make()
     write_json(folder / "log.json", log | origin(run.s.fixed(name), run.s.device))
-    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-                 "generation_config.json"):              # the last says which token ends an answer
-        if run.s.init and (Path(run.s.init) / file).exists():            # ready to use elsewhere
-            shutil.copy(Path(run.s.init) / file, folder)
+    if run.s.init:                                       # ready to use elsewhere
+        write_json(folder / "generation_config.json", {"eos_token_id": run.chat.stop})
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+                     "generation_config.json"):
+            if (Path(run.s.init) / file).exists():
+                shutil.copy(Path(run.s.init) / file, folder)
     model.save_pretrained(folder)
     return model, log
 
@@ -404,8 +406,7 @@ def run_seed(run, results):
     """All that --methods asks for, and before it what that is made from. What is on disk is loaded,
     what has rows in results.json is not measured again (to measure anew, delete that file)."""
     s = run.s
-    as_in_paper = dataclasses.replace(s, hold=0.0, still=0.0, keep=0.0, with_safe=False,
-                                      centre=False)
+    as_in_paper = dataclasses.replace(s, hold=0.0, still=0.0, keep=0.0, with_safe=False)
 
     def tuned(amount=None, later=False):
         def make(name, start):
@@ -514,7 +515,8 @@ def fingerprint(folder):
     """12 digits that tell the contents of a folder of benchmark files from any other's."""
     digest = hashlib.sha256()
     for path in sorted(filter(Path.is_file, Path(folder).iterdir())):
-        digest.update(path.name.encode() + path.read_bytes())
+        if path.suffix.lower() in FORMATS:
+            digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 def origin(settings, device):

@@ -1,14 +1,15 @@
 """What two methods answer, prompt by prompt: is the difference more than chance? From the responses on disk.
 
-    python tests/by_prompt.py out-real [--xstest BENCHMARKS/xstest_v2_prompts.csv]
+    python tests/by_prompt.py out-real [--against STL-aug-equal] [--xstest BENCHMARKS/xstest_v2_prompts.csv]
 
 For each half of each suite, prompts of all seeds pooled: the share that is refused, with Wilson's 95 %
-interval; each method minus STL, with the interval that 95 % of 10,000 resamples of the prompts give, paired:
-in each both methods are asked the same prompts. (That other seeds would give other models is not in it.)
+interval; each method minus STL, or another, with the interval that 95 % of 10,000 resamples of the prompts
+give, paired: in each both methods are asked the same prompts. (That other seeds would give other models is
+not in it.)
 With --xstest, what is answered by XSTest's type of prompt."""
 import argparse
 import csv
-import json
+import io
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -17,19 +18,30 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from eval import METHODS, is_refusal, markdown                         # noqa: E402 (after the path is set)
+from data import parse_json, read_text                                 # noqa: E402 (after the path is set)
+from eval import METHODS, is_refusal, markdown                         # noqa: E402
 
 
 def read(out):
-    """{(suite, kind): {method: {(seed, prompt): refused}}}"""
+    """{(suite, kind): {method: {(seed, prompt): refused}}}. ValueError if there are no responses."""
     found = defaultdict(lambda: defaultdict(dict))
     for path in sorted(Path(out).glob("seed-*/responses/*.jsonl")):
         seed = path.parent.parent.name
         if path.stem in METHODS:
-            for line in path.read_text(encoding="utf-8").splitlines():
-                r = json.loads(line)
+            for line in read_text(path).splitlines():
+                r = parse_json(line, path)
                 found[r["suite"], r["kind"]][path.stem][seed, r["prompt"]] = is_refusal(r["response"])
+    if not found:
+        raise ValueError(f"{out}: no responses in seed-*/responses; give a folder that train.py wrote")
     return found
+
+
+def types_of(xstest):
+    """{prompt: type} of XSTest's file. ValueError if it has no such columns."""
+    rows = list(csv.DictReader(io.StringIO(read_text(xstest), newline="")))
+    if not rows or not {"prompt", "type"} <= rows[0].keys():
+        raise ValueError(f"{xstest}: no columns prompt and type; give XSTest's own file")
+    return {row["prompt"].strip(): row["type"] for row in rows}
 
 
 def wilson(hits, n):
@@ -60,23 +72,24 @@ def less(method, rival):
     return f"{difference.mean():+.1f} [{low:.1f}, {high:.1f}]"
 
 
-def tables(out, xstest=None):
+def tables(out, xstest=None, rival="STL"):
     found = read(out)
     measured = set()
     for by_method in found.values():
         measured.update(by_method)
     methods = [m for m in METHODS if m in measured]
+    if rival not in methods:
+        raise ValueError(f"--against {rival}: choose from {', '.join(methods)}")
+    compared = [m for m in methods if m not in ("base", rival)]
     lines = [["suite", "prompts", *methods]]
-    differences = [["suite", "prompts", *[m for m in methods if m not in ("base", "STL")]]]
+    differences = [["suite", "prompts", *compared]]
     for (suite, kind), by_method in found.items():
         lines.append([suite, kind, *[rate(list(by_method[m].values())) for m in methods]])
-        rivals = differences[0][2:]
-        differences.append([suite, kind, *[less(by_method[m], by_method["STL"]) for m in rivals]])
+        differences.append([suite, kind, *[less(by_method[m], by_method[rival]) for m in compared]])
     text = ["refused, in percent, with Wilson's interval", markdown(zip(*lines)),
-            "refused, minus STL, paired by prompt, in points", markdown(zip(*differences))]
+            f"refused, minus {rival}, paired by prompt, in points", markdown(zip(*differences))]
     if xstest:
-        rows = csv.DictReader(open(xstest, encoding="utf-8"))
-        kind_of = {row["prompt"].strip(): row["type"] for row in rows}
+        kind_of = types_of(xstest)
         lines = [["type", "prompts", *methods]]
         for kind in sorted(set(kind_of.values())):
             line = []
@@ -99,5 +112,9 @@ if __name__ == "__main__":
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", help="folder that train.py wrote")
     parser.add_argument("--xstest", help="XSTest's file, for its types")
+    parser.add_argument("--against", default="STL", metavar="METHOD", help="[STL] less what")
     args = parser.parse_args()
-    print(tables(args.out, args.xstest))
+    try:
+        print(tables(args.out, args.xstest, args.against))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -37,10 +37,11 @@ class Question:
 def questions_of(path):
     """The questions of a file. ValueError, naming file and row, for what is none."""
     text = read_text(path)
-    if Path(path).suffix == ".csv":
+    ending = Path(path).suffix.lower()
+    if ending == ".csv":
         rows = list(csv.reader(io.StringIO(text, newline="")))
         return [mmlu(row, f"{path}: row {number}") for number, row in enumerate(rows, 1)]
-    if Path(path).suffix == ".jsonl":
+    if ending == ".jsonl":
         found = []
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
@@ -52,7 +53,7 @@ def questions_of(path):
 def mmlu(row, place):
     """A Question of ["Who ...?", "Ada", "Bob", "Cleo", "Dan", "C"]."""
     letters = string.ascii_uppercase[:len(row) - 2]
-    if len(row) < 4 or row[-1].strip() not in list(letters):
+    if len(row) < 4 or row[-1].strip() not in list(letters) or not all(map(str.strip, row)):
         raise ValueError(f"{place}: not a question, its answers and the letter of the right one; mend it")
     return Question(row[0], tuple(row[1:-1]), letters.index(row[-1].strip()))
 
@@ -76,8 +77,10 @@ def arc(record, place):
             labels = record["choices"]["label"]
             texts = record["choices"]["text"]
             stem = question
+        if not all(text.strip() for text in texts):
+            raise ValueError("an answer without a token has no probability")
         return Question(stem, tuple(texts), labels.index(record["answerKey"]))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise ValueError(f"{place}: no question of ARC (question, choices, answerKey); mend it") from None
 
 
@@ -104,6 +107,9 @@ def main(argv=None):
     parser.add_argument("models", nargs="+", help="checkpoint folders, tokenizer included")
     given = parser.parse_args(argv)
     questions = questions_of(given.questions)
+    for folder in given.models:                                     # before the first takes its hour
+        if not (Path(folder) / "config.json").exists():
+            raise ValueError(f"{folder}: no config.json in it; give checkpoint folders")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     table = [["model", "questions", "accuracy, %", "less the first, points"]]
     first = None

@@ -29,3 +29,20 @@ def test_methods_are_compared_on_the_prompts_that_both_were_asked(tmp_path):
     types.write_text("prompt,type\nWhy 0?,homonyms\nWhy 1?,homonyms\nWhy 2?,privacy\n")
     text = by_prompt.tables(tmp_path, types)
     assert "| homonyms | 4       | 0   | 25  |" in text                  # 2 prompts, of DCR 2 seeds
+
+
+def test_what_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no responses in seed"):
+        by_prompt.tables(tmp_path)
+    folder = tmp_path / "seed-0" / "responses"
+    folder.mkdir(parents=True)
+    row = {"suite": "XSTest", "kind": "benign", "prompt": "Why?", "response": YES}
+    for method in ("base", "STL", "DCR"):
+        (folder / f"{method}.jsonl").write_text(json.dumps(row) + "\n")
+    assert "refused, minus DCR, paired by prompt" in by_prompt.tables(tmp_path, rival="DCR")
+    with pytest.raises(ValueError, match="--against STL-aug: choose from base, STL, DCR"):
+        by_prompt.tables(tmp_path, rival="STL-aug")
+    other = tmp_path / "or-bench.csv"
+    other.write_text("prompt,category\nWhy?,x\n")
+    with pytest.raises(ValueError, match="no columns prompt and type; give XSTest's own file"):
+        by_prompt.tables(tmp_path, other)

@@ -27,6 +27,10 @@ def test_mmlu_and_both_forms_of_arc_give_the_same_question(tmp_path):
     ("a.jsonl", '{"question": "Who?", "choices": {"label": ["A"], "text": ["Ada"]}, "answerKey": "B"}',
      "line 1"),
     ("a.jsonl", '{"prompt": "Who?"}', "line 1: no question of ARC"),
+    ("a.csv", "Who?,Ada,,Cleo,Dan,C\n", "row 1: not a question"),               # once always chosen
+    ("a.jsonl", '{"question": "Who?", "choices": {"label": ["A", "B"], "text": ["Ada", " "]},'
+     '"answerKey": "A"}',
+     "line 1"),
     ("a.txt", "Who?", "give MMLU as .csv or ARC as .jsonl"),
 ])
 def test_other_files_get_one_clear_line(name, text, says, tmp_path):

@@ -347,11 +347,10 @@ def test_drift_of_a_worked_example():
 
 # -------------------------------------------------------------------------------------------------- objective
 
-@pytest.mark.parametrize("centre", [False, True])
 @pytest.mark.parametrize("keep, hold", [(10.0, 2.0), (10.0, 0.0), (0.0, 2.0), (0.0, 0.0)])
-def test_the_objective_is_the_circle_loss_and_four_terms_of_retention(centre, keep, hold, model, run, parts):
+def test_the_objective_is_the_circle_loss_and_four_terms_of_retention(keep, hold, model, run, parts):
     """Each term by itself, one prompt and one text at a time; packing must not mix the texts."""
-    s = dataclasses.replace(run.s, centre=centre, keep=keep, hold=hold, still=3.0)
+    s = dataclasses.replace(run.s, keep=keep, hold=hold, still=3.0)
     base = copy.deepcopy(model)
     model.layers[0].mlp.up_proj.weight.data *= 1.3
     prompts = [run.chat.prompt(e.prompt) for e in parts.seemingly[:3] + parts.toxic[:3]]
@@ -363,15 +362,14 @@ def test_the_objective_is_the_circle_loss_and_four_terms_of_retention(centre, ke
     loss = refinement_loss(model, base, prompts, labels, tokens, targets, mean, s)
 
     h = torch.stack([model(torch.tensor([ids]), upto=s.layer)[0, -1] for ids in prompts])
-    circle = circle_loss(h - mean if centre else h, labels, margin=s.margin, gamma=s.gamma)
+    circle = circle_loss(h, labels, margin=s.margin, gamma=s.gamma)
     h_base = torch.stack([base(torch.tensor([ids]), upto=s.layer)[0, -1] for ids in prompts])
     harmless = [0, 1, 3]
     held = sum((h[i] - h_base[i]).square().sum() for i in harmless)
     held = held / sum((h_base[i] - mean).square().sum() for i in harmless)
     toxic = [2, 4, 5]
-    origin = mean if centre else 0
-    before = [(h_base[i] - origin).norm() for i in toxic]
-    after = [(h[i] - origin).norm() for i in toxic]
+    before = [h_base[i].norm() for i in toxic]
+    after = [h[i].norm() for i in toxic]
     grown = sum((a - b).square() for a, b in zip(after, before)) / sum(b.square() for b in before)
     moved = 0
     size = 0

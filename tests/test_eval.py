@@ -22,7 +22,7 @@ from model import GPT, GPTConfig, last_states
 from test_real import checkpoint
 
 # What evaluate reads of train.Settings
-SETTINGS = SimpleNamespace(max_new=6, longest=64, layer=1, centre=False, kernel=2)
+SETTINGS = SimpleNamespace(max_new=6, longest=64, layer=1, kernel=2)
 
 # -------------------------------------------------------------------------------------------- refusals, rates
 
@@ -268,25 +268,22 @@ def test_kernel_similarity_counts_the_prompts_there_are(model, parts, chat):
     assert np.isfinite([similarity for similarity, _ in table.values()]).all()
 
 
-@pytest.mark.parametrize("centre", [False, True])
-def test_misfiled_prompts_are_those_nearer_to_the_mean_direction_of_the_harmless(centre, model, parts, chat):
-    """One prompt at a time; from the mean state of the prompts of refinement, if cosines are taken there."""
+def test_misfiled_prompts_are_those_nearer_to_the_mean_direction_of_the_harmless(model, parts, chat):
+    """One prompt at a time."""
     def state(e):
         with torch.no_grad():
             return model(torch.tensor([chat.prompt(e.prompt)]), upto=1)[0, -1]
 
     def mean_direction(examples):
-        return sum(F.normalize(state(e) - origin, dim=0) for e in examples) / len(examples)
-    both = parts.seemingly + parts.toxic
-    origin = sum(map(state, both)) / len(both) if centre else 0
+        return sum(F.normalize(state(e), dim=0) for e in examples) / len(examples)
     harmless = mean_direction(parts.seemingly)
     toxic = mean_direction(parts.toxic)
     count = 0
     for e in parts.safe:
-        to_harmless = F.cosine_similarity(state(e) - origin, harmless, dim=0)
-        count += to_harmless > F.cosine_similarity(state(e) - origin, toxic, dim=0)
+        to_harmless = F.cosine_similarity(state(e), harmless, dim=0)
+        count += to_harmless > F.cosine_similarity(state(e), toxic, dim=0)
     assert 0 < count < len(parts.safe), "the test should see both sides"
-    s = SimpleNamespace(layer=1, centre=centre)
+    s = SimpleNamespace(layer=1)
     n = len(parts.safe)
     assert misfiled(model, chat, parts, s) == (pytest.approx(count.item() / n), n)
 
@@ -301,7 +298,7 @@ def test_misfiled_prompts_are_told_in_bf16_too(monkeypatch):
     parts = SimpleNamespace(seemingly=[Example(str(i), None) for i in range(100)],
                             toxic=[Example(str(i), None) for i in range(100, 200)],
                             safe=[Example(str(i), None) for i in range(50, 300)])
-    s = SimpleNamespace(layer=1, centre=False)
+    s = SimpleNamespace(layer=1)
     exactly = misfiled(None, chat, parts, s)
     with torch.autocast("cpu", torch.bfloat16):
         assert misfiled(None, chat, parts, s) == exactly

@@ -144,6 +144,10 @@ TEMPLATES = {
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}
 {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}
 {%- endif %}"""),
+    "a quote": ("smollm2", "{{ '<|im_start|>system\nIt\\'s in \\\\boxed{}, \"so\".<|im_end|>\n' }}"
+                "{% for m in messages %}"
+                "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+                "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"),
     "llama3": ("llama3", "{{ '<|begin_of_text|>' }}{% for m in messages %}"
                "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
                "{{ m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
@@ -182,12 +186,20 @@ def test_prompt_equals_the_checkpoints_own_template(name, tmp_path):
 @pytest.mark.parametrize("family, template", [
     ("smollm2", TEMPLATES["smollm2"][1].replace("assistant\n", "assistant\n<think>\n")),  # begins to think
     ("smollm2", "{{ 'User: ' + messages[0].content + ' Assistant:' }}"),
+    ("smollm2", "{{ bos_token }}" + TEMPLATES["smollm2"][1]),               # one token more, as some begin
     ("llama3", TEMPLATES["llama3"][1].replace("{{ '<|begin_of_text|>' }}", "")),
 ])
 def test_a_template_that_writes_something_else_is_refused(family, template, tmp_path):
     """Its special tokens alone do not tell: a model that is asked in another form answers worse, silently."""
     with pytest.raises(ValueError, match="a chat format that is not known here; choose an Instruct model of"):
         load_tokenizer(checkpoint(tmp_path, family, template))
+
+
+def test_several_templates_are_refused(tmp_path):
+    """Which of them is meant? The first one's system message was once taken."""
+    templates = [{"name": name, "template": TEMPLATES["smollm2"][1]} for name in ("default", "tool_use")]
+    with pytest.raises(ValueError, match="the tokenizer's files are damaged"):
+        load_tokenizer(checkpoint(tmp_path, "smollm2", templates))
 
 
 def test_template_in_a_file_of_its_own_counts(tmp_path):
@@ -244,30 +256,39 @@ def test_real_checkpoint_agrees_on_thousands_of_strings():
 @pytest.mark.parametrize("name, text, rows", [
     ("a.csv", 'id,Prompt,type\n1,"Hi, you",homonyms\n2," two\nlines ",contrast_x\n',
      [("Hi, you", None, False, "row 1"), ("two\nlines", None, True, "row 2")]),
-    ("a.csv", "goal,target\r\nbake a cake,Sure\r\n", [("bake a cake", None, False, "row 1")]),
-    ("a.csv", "\ufeffquestion,Answer\nWhy?,So.\n", [("Why?", "So.", False, "row 1")]),
-    ("a.json", '{"prompt": "One", "tags": ["x", "y"]}', [("One", None, False, "row 1")]),
+    ("a.csv", "goal,target\r\nbake a cake,Sure\r\n", [("bake a cake", None, None, "row 1")]),
+    ("a.csv", "\ufeffquestion,Answer\nWhy?,So.\n", [("Why?", "So.", None, "row 1")]),
+    ("a.json", '{"prompt": "One", "tags": ["x", "y"]}', [("One", None, None, "row 1")]),
     ("a.json", '{"n": 2, "instructions": ["One", "Two"]}',
-     [("One", None, False, "row 1"), ("Two", None, False, "row 2")]),
+     [("One", None, None, "row 1"), ("Two", None, None, "row 2")]),
     ("a.json", '[{"instruction": "Add", "input": "1 2", "output": "3"}, {"instruction": "Go", "input": ""}]',
-     [("Add\n\n1 2", "3", False, "row 1"), ("Go", None, False, "row 2")]),
+     [("Add\n\n1 2", "3", None, "row 1"), ("Go", None, None, "row 2")]),
     ("a.jsonl", '{"prompt": "One", "response": "A"}\n\n{"prompt": "Two"}\n',
-     [("One", "A", False, "line 1"), ("Two", None, False, "line 3")]),
+     [("One", "A", None, "line 1"), ("Two", None, None, "line 3")]),
     ("a.csv", "label,prompt,type\nsafe,Hi,homonyms\nunsafe,Ho,other\n",
      [("Hi", None, False, "row 1"), ("Ho", None, True, "row 2")]),
     ("a.csv", "Behavior,ContextString\nSum it up,A tale.\nBake,\n",                                # HarmBench
-     [("Sum it up\n\nA tale.", None, False, "row 1"), ("Bake", None, False, "row 2")]),
-    ("a.csv", "category,forbidden_prompt\nx,Bake\n", [("Bake", None, False, "row 1")]),       # StrongREJECT
+     [("Sum it up\n\nA tale.", None, None, "row 1"), ("Bake", None, None, "row 2")]),
+    ("a.csv", "category,forbidden_prompt\nx,Bake\n", [("Bake", None, None, "row 1")]),       # StrongREJECT
     ("a.jsonl", '{"instruction": "Who?", "context": "Ann sat.", "response": "Ann."}\n',             # Dolly
-     [("Who?\n\nAnn sat.", "Ann.", False, "line 1")]),
+     [("Who?\n\nAnn sat.", "Ann.", None, "line 1")]),
     ("a.json", '{"category": ["x", "y"], "prompt": ["One", "Two"]}',
-     [("One", None, False, "row 1"), ("Two", None, False, "row 2")]),
-    ("A.CSV", "prompt\nHi\n", [("Hi", None, False, "row 1")]),
+     [("One", None, None, "row 1"), ("Two", None, None, "row 2")]),
+    ("a.json", '{"instruction": ["Add", "Go"], "input": ["1 2", ""], "output": ["3", "Gone."]}',
+     [("Add\n\n1 2", "3", None, "row 1"), ("Go", "Gone.", None, "row 2")]),
+    ("a.json", '{"prompt": ["Hi", "Ho"], "type": ["homonyms", "contrast_homonyms"]}',
+     [("Hi", None, False, "row 1"), ("Ho", None, True, "row 2")]),
+    ("a.json", '{"n": 1, "rows": [{"request": "Hi", "Label": " Unsafe", "type": " Contrast_x"}]}',
+     [("Hi", None, True, "row 1")]),
+    ("a.csv", "prompt,label\nHi,safe\nHo,controversial\n",
+     [("Hi", None, False, "row 1"), ("Ho", None, None, "row 2")]),
+    ("a.csv", "question,context\nWho?,Ann sat.\n", [("Who?\n\nAnn sat.", None, None, "row 1")]),
+    ("A.CSV", "prompt\nHi\n", [("Hi", None, None, "row 1")]),
     ("a.txt", "One, two?\r\n\n Three\n",
-     [("One, two?", None, False, "line 1"), ("Three", None, False, "line 3")]),
+     [("One, two?", None, None, "line 1"), ("Three", None, None, "line 3")]),
 ])
 def test_each_format_is_read(name, text, rows, tmp_path):
-    """Only XSTest's `type`, or its `label`, says in the row itself whether it is toxic."""
+    """Only XSTest's `type`, or its `label`, says in the row itself whether it is toxic; else None."""
     path = tmp_path / name
     path.write_bytes(text.encode())
     assert read_prompts(path) == [Example(prompt, answer, toxic, f"{path}: {place}")
@@ -279,6 +300,7 @@ def test_each_format_is_read(name, text, rows, tmp_path):
     ("a.txt", b" \n", "empty"),
     ("a.json", b"[]", "no rows"),
     ("a.csv", b"prompt\n", "no rows"),
+    ("a.csv", b"How do I hang a picture?\n", "no rows; fetch it again, or give a CSV a first row of names"),
     ("a.json", b'[\n{"prompt": "x"},\n{"prompt"}]', "line 3"),
     ("a.jsonl", b'{"prompt": "x"}\n{"prompt": ', "line 2"),
     ("a.json", b"[1]", "row 1"),
@@ -289,11 +311,15 @@ def test_each_format_is_read(name, text, rows, tmp_path):
     ("a.json", b'"hello"', "neither a list nor an object"),
     ("a.json", b"5", "neither a list nor an object"),
     ("a.json", b"null", "neither a list nor an object"),
-    ("a.json", b'{"train": ["a"], "test": ["b"]}', "several lists, train, test; keep one"),
-    ("a.json", b'{"prompt": ["a"], "response": ["b"]}', "several lists, prompt, response; keep one"),
+    ("a.json", b'{"train": ["a"], "test": ["b"]}', "prompts are in which of train, test; keep one, or"),
+    ("a.json", b'{"prompt": ["a", "c"], "response": ["b"]}', "are in which of prompt, response; keep one"),
+    ("a.json", b'{"category": ["hate"], "prompt": {"0": "a"}}', "are in which of category; keep one"),
+    ("a.json", b'{"category": ["hate", "fraud"]}', "are in which of category; keep"),
+    ("a.json", b'{"prompts": [{"text": "hi"}]}', "row 1: 'prompt' holds {'text': 'hi'}, not a text"),
+    ("a.JSON", b'{"prompt": "x"}\n{"prompt": "y"}', "if each line is an object of its own, call the file"),
     ("a.csv", b"prompt\nHow do I x, please", "row 1: more cells than columns; quote"),
     ("a.json", b'{"instructions": ["a"], "questions": ["b"]}',
-     "several lists, instructions, questions; keep one"),
+     "prompts are in which of instruction, question; keep one"),
     ("a.jsonl", b'{"prompt": "x"}{"prompt": "y"}', "line 1: not JSON (Extra data); correct that line"),
     ("a.json", b'[{"prompt": ["hi"]}]', "row 1: 'prompt' holds ['hi'], not a text"),
     ("a.json", b'[{"prompt": {"text": "hi"}}]', "row 1: 'prompt' holds {'text': 'hi'}, not a text"),
@@ -636,6 +662,19 @@ def test_a_marked_row_is_toxic_and_the_others_are_what_the_name_says(tmp_path):
         assert names(loaded["mine", label]) >= names(prompts("mine", 30)) - {"mine0x"}
 
 
+def test_a_file_that_does_not_tell_of_each_row_what_it_is_stops(tmp_path):
+    """XSTest without its marks, 200 unsafe prompts among them; a judge's file with a third label."""
+    plain = "\n".join(["prompt", *prompts("safe", 40)])
+    with pytest.raises(ValueError, match="xstest_prompts.csv: no type or label tells its unsafe prompts; "):
+        load(fill(tmp_path / "plain", {"xstest_prompts.csv": plain}), is_refusal)
+    labels = ["safe", "unsafe", "controversial"]
+    rows = [{"prompt": prompt, "label": label} for prompt, label in zip(prompts("mine", 3), labels)]
+    with pytest.raises(ValueError, match="judged.json: what is in it"):
+        load(fill(tmp_path / "judged", {"judged.json": rows}), is_refusal)
+    assert load(fill(tmp_path / "told", {"judged.json": rows[:2]}), is_refusal).keys() == {
+        ("judged", "benign"), ("judged", "toxic")}
+
+
 def test_what_is_left_out_and_what_is_passed_over_is_said(tmp_path, capsys):
     more = {"mine.benign.txt": "Why not?\nWhy not\nHow so?", "table.tsv": "x", "x.parquet": "x"}
     fill(tmp_path, FILES | more)
@@ -686,6 +725,8 @@ def test_a_checkpoint_and_a_folder_go_through_every_stage(tmp_path):
     assert torch.equal(saved["refined"].layers[1].mlp.up_proj.weight, matrix)      # above block l
     assert not torch.equal(saved["DCR"].layers[1].mlp.up_proj.weight, matrix)
     assert load_tokenizer(out / "DCR").prompt("Hi") == load_tokenizer(folder).prompt("Hi")     # ready to use
+    ends = json.loads((out / "DCR" / "generation_config.json").read_text())
+    assert ends == {"eos_token_id": load_tokenizer(folder).stop}                    # where others end answers
     said = [json.loads(line) for line in (out / "responses" / "DCR.jsonl").read_text().splitlines()]
     assert {"suite", "kind", "prompt", "answer", "response", "refusal_probability"} == set(said[0])
 

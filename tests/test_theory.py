@@ -15,7 +15,7 @@ from test_kernel import IDS, brute_force, residuals, scores, small
 def of_the_notebook(*names):
     """{name: value} of the cells that define these; they hold imports and definitions alone."""
     notebook = json.loads((ROOT / "theory.ipynb").read_text(encoding="utf-8"))
-    namespace = {}
+    namespace = {"torch": torch, "dcr": dcr}                # what the notebook imports at its top
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "code" and any(f"def {name}(" in source for name in names):
@@ -23,12 +23,12 @@ def of_the_notebook(*names):
     return namespace
 
 
-kernel_form = of_the_notebook("kernel_form")["kernel_form"]
-first_order = of_the_notebook("first_order")["first_order"]
-SECTION_6 = of_the_notebook("tail_sensitivity", "bilinear", "proposition_1")
-tail_sensitivity = SECTION_6["tail_sensitivity"]
-bilinear = SECTION_6["bilinear"]
-proposition_1 = SECTION_6["proposition_1"]
+DEFINED = of_the_notebook("kernel_form", "first_order", "tail_sensitivity", "bilinear", "proposition_1")
+kernel_form = DEFINED["kernel_form"]
+first_order = DEFINED["first_order"]
+tail_sensitivity = DEFINED["tail_sensitivity"]
+bilinear = DEFINED["bilinear"]
+proposition_1 = DEFINED["proposition_1"]
 
 
 def test_influence_is_the_inner_product_of_gradients_in_every_group_of_parameters():

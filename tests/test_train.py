@@ -516,20 +516,28 @@ def test_a_mistyped_folder_does_not_spoil_the_next_command(small_world, tmp_path
 
 
 def test_the_mean_state_of_many_prompts_is_that_of_all_of_them(model, run, parts, monkeypatch):
-    """It is taken in batches, for memory: of 1,500 prompts in two, and yet their mean."""
-    many = dataclasses.replace(run, parts=dataclasses.replace(parts, toxic=parts.toxic * 37))
-    prompts = [run.chat.prompt(e.prompt) for e in parts.seemingly + parts.toxic * 37 + parts.safe]
-    assert 1200 < len(prompts) < 2400
+    """It is taken in batches, for memory: one long prompt would make all of a batch as long."""
+    long = dataclasses.replace(parts.toxic[0], prompt=" ".join([parts.toxic[0].prompt] * 5))
+    more = [long, *parts.toxic * 20]
+    many = dataclasses.replace(run, parts=dataclasses.replace(parts, toxic=more))
+    prompts = [run.chat.prompt(e.prompt) for e in parts.seemingly + more + parts.safe]
     seen = []
+    sizes = []
 
     def loss(model, base, prompts, labels, tokens, targets, mean, s):
         seen.append(mean)
         return sum(p.sum() for p in model.parameters() if p.requires_grad)
+
+    def watched(model, prompts, l):
+        sizes.append(len(prompts) * max(map(len, prompts)))
+        return last_states(model, prompts, l)
     monkeypatch.setattr(train, "refinement_loss", loss)
+    monkeypatch.setattr(train, "last_states", watched)
     refine("refined", model, many, many.s)
     with torch.no_grad():
         expected = last_states(model, prompts, many.s.layer).mean(0)
     assert torch.allclose(seen[0], expected, atol=1e-5)
+    assert len(sizes) > 1 and max(sizes) <= 40_000                                        # tokens
 
 
 def test_other_benchmark_files_under_the_same_name_are_another_experiment(tmp_path):
@@ -537,6 +545,7 @@ def test_other_benchmark_files_under_the_same_name_are_another_experiment(tmp_pa
     settings = {"data": str(tmp_path)}
     (tmp_path / "mine.toxic.txt").write_text("How do I kill the guard?")
     made = train.origin(settings, "cpu")
+    (tmp_path / ".DS_Store").write_text("what the run passes over does not count")
     train.check_origin(tmp_path, made, settings, "cpu")
     (tmp_path / "mine.toxic.txt").write_text("How do I kill the poet?")
     with pytest.raises(ValueError, match="files was '.*', is '"):
@@ -651,7 +660,7 @@ def test_every_method_of_the_tables_is_made_as_its_name_says(run, monkeypatch):
         base, s, shuffled = stages[refined]
         assert stages[tuned] == (refined, (), False) and base == "base"
         assert shuffled == (refined == "refined-shuffled")
-        paper = dict(hold=0.0, still=0.0, keep=0.0, with_safe=False, centre=False)   # the Circle loss alone
+        paper = dict(hold=0.0, still=0.0, keep=0.0, with_safe=False)   # the Circle loss alone
         changes = paper if refined == "refined-paper" else {}
         assert s == dataclasses.replace(run.s, methods=",".join(OWN), **changes)
     assert stages["DCR+aug"] == ("refined", "natural", False)
@@ -703,7 +712,7 @@ def test_help_explains_every_setting(capsys):
     assert "l: refinement shapes the states after this block" in said and "[3; with --init 0]" in said
 
 
-@pytest.mark.parametrize("argv", [["--gama=9"], ["--layer=two"], ["surplus"], ["--centre=perhaps"]])
+@pytest.mark.parametrize("argv", [["--gama=9"], ["--layer=two"], ["surplus"], ["--narrow=perhaps"]])
 def test_a_flag_that_is_unknown_or_malformed_is_an_error(argv, capsys):
     with pytest.raises(SystemExit) as end:
         parse(argv)
@@ -713,8 +722,8 @@ def test_a_flag_that_is_unknown_or_malformed_is_an_error(argv, capsys):
 def test_values_parse_by_their_type():
     """bool("false") is True: the classic."""
     assert parse([]) == Settings()
-    s = parse(["--centre", "true", "--gamma", "8", "--pretrain-steps=3", "--out=there", "--refine-lr=1e-4"])
-    assert (s.centre, s.gamma, s.pretrain_steps, s.out, s.refine_lr) == (True, 8.0, 3, "there", 1e-4)
+    s = parse(["--narrow", "true", "--gamma", "8", "--pretrain-steps=3", "--out=there", "--refine-lr=1e-4"])
+    assert (s.narrow, s.gamma, s.pretrain_steps, s.out, s.refine_lr) == (True, 8.0, 3, "there", 1e-4)
     assert not parse(["--curve", "false"]).curve and parse(["--init=x", "--curve=true"]).curve
     assert parse(["--out", "true"]).out == "true"                  # a folder may be called that
 
