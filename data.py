@@ -160,7 +160,7 @@ class Example:
     says to them, "Sure, here is how to kill the guard.", which no later stage teaches."""
     prompt: str
     answer: str | None
-    toxic: bool = False
+    toxic: bool | None = False  # None: not known
     source: str = ""            # "file: row 3", for messages; empty for the miniature world
     whole: bool = True          # else the answer breaks off: no end is taught
 
@@ -407,7 +407,7 @@ class World:
         tuning = self.rough_requests("tuning", 400, lists, toxic=True)
         rng = self.rng("refusals")
         safe = [replace(e, answer=rng.choice(REFUSALS)) for e in tuning]
-        rng = random.Random(f"augment {self.seed} 0")       # other texts would draw others
+        rng = random.Random(f"augment {self.seed} 0")       # another name draws other answers
         toxic = [replace(e, answer=rng.choice(safe).answer) for e in toxic]
         used = prompts_of([safe, seemingly, toxic])
         dev = self.suites("dev", min(40, limit), used)
@@ -596,8 +596,8 @@ def load_tokenizer(folder):
     try:
         return read_tokenizer(Path(folder))
     except (LookupError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"{folder}: the tokenizer's files are damaged ({type(error).__name__}: "
-                         f"{error}); fetch them again") from None
+        raise ValueError(f"{folder}: the tokenizer's files are damaged, or of a form not read here "
+                         f"({type(error).__name__}: {error}); fetch them again") from None
 
 def read_tokenizer(folder):
     """A tokenizer.json has "model" (its "vocab" {token: id} and "merges"), "added_tokens", and what
@@ -702,7 +702,7 @@ def system_message(source):
     literal = r"(['\"])<\|im_start\|>system\n((?:\\.|(?!\1).)+?)<\|im_end\|>"     # up to its quote
     chatml = re.search(literal, source, re.S)
     if chatml:
-        return re.sub(r"\\(.)", r"\1", chatml[2])      # what a backslash protects: a quote, another
+        return chatml[2].encode("ascii", "backslashreplace").decode("unicode-escape")     # \' is '
     today = re.search(r'date_string = "(\d.+?)"', source)
     knowledge = re.search(r'"(Cutting Knowledge Date: .+?)\n"', source)
     if today and knowledge:
@@ -744,29 +744,29 @@ def rows_of_json(value, path):
     """The rows of a JSON file: a list, or the only list of an object; or columns, as in
     {"prompt": [...], "response": [...]}; or an object that is one row."""
     if isinstance(value, dict):
-        is_row = any(isinstance(value.get(name), str) for name in PROMPT_COLUMNS)
-        lists = {k.lower().removesuffix("s"): v for k, v in value.items() if isinstance(v, list)}
+        is_row = any(isinstance(v, str) and k.lower() in PROMPT_COLUMNS for k, v in value.items())
+        lists = {k.lower().removesuffix("s"): v for k, v in value.items()
+                 if isinstance(v, list) and v}              # I-Malicious has "inputs": []
         if is_row or not lists:
             return [value]
         named = lists.keys() & set(PROMPT_COLUMNS)
-        lengths = {len(cells) for cells in lists.values()}
         rows, *more = lists.values()
-        if len(named) == 1 and len(lengths) == 1:
-            value = [dict(zip(lists, cells)) for cells in zip(*lists.values())]
-        elif not named and not more and all(isinstance(row, dict) for row in rows):
+        if not more and all(isinstance(row, dict) for row in rows):
             value = rows
+        elif len(named) == 1 and len(set(map(len, lists.values()))) == 1:
+            value = [dict(zip(lists, cells)) for cells in zip(*lists.values())]
         else:
-            raise ValueError(f"{path}: prompts are in which of {', '.join(lists)}; keep one, or "
-                             'write [{"prompt": ..., "response": ...}, ...]')
+            raise ValueError(f"{path}: not one list of prompts among {', '.join(value)}; call it "
+                             '"prompt", or write [{"prompt": ..., "response": ...}, ...]')
     if not isinstance(value, list):
         raise ValueError(f'{path}: neither a list nor an object; write [{{"prompt": ...}}]')
     return value
 
 def read_prompts(path):
     """The rows of a .csv, .json, .jsonl or .txt file as Examples with stripped texts.
-    The prompt is in the first of PROMPT_COLUMNS, upper or lower case. XSTest says which are toxic:
-    of its types "homonyms" are not, "contrast_homonyms" are; so do newer versions by the label
-    "unsafe". ValueError, one line with file, row and remedy, for anything else."""
+    The prompt is in the first of PROMPT_COLUMNS, upper or lower case. `toxic` is what a row says:
+    its label, "safe" or "unsafe"; without labels XSTest's type, of which "contrast_homonyms" is
+    toxic, "homonyms" not; else None. ValueError, one line with file, row and remedy."""
     examples = []
     for place, record in records(path):
         source = f"{path}: {place}"
@@ -792,14 +792,14 @@ def read_prompts(path):
         if not prompt:
             raise ValueError(f"{source}: no text under {columns[0]!r}; fill it in or delete it")
         for column in MORE_COLUMNS:
-            if text_of(column):
+            if isinstance(cell.get(column), str) and text_of(column):
                 prompt += "\n\n" + text_of(column)
         answers = [text_of(column) for column in ANSWER_COLUMNS if text_of(column)]
         answer = answers[0] if answers else None
         kind = str(cell.get("type") or "").strip().lower()
         label = str(cell.get("label") or "").strip().lower()
         toxic = {"safe": False, "unsafe": True}.get(label)      # None: it does not say
-        if kind and not label:
+        if kind and "label" not in cell:
             toxic = kind.startswith("contrast_")
         examples.append(Example(prompt, answer, toxic, source))
     if not examples:
@@ -905,13 +905,13 @@ def load(folder, is_refusal):
     return dict(benchmarks)
 
 def label_of(filename, told):
-    """(name, label) of a file: by its name; else "benign" for its rows that are not toxic, if each
-    row says what it is (`told` has each answer: True, False or None). ValueError if neither tells:
-    a wrong guess teaches wrong refusals."""
+    """(name, label) of a file: by its name; else "benign" for rows that are not toxic, if some are
+    and each row says what it is (`told` has all they say: True, False, None). ValueError if neither
+    tells: a wrong guess teaches wrong refusals."""
     name, *marks = filename.split(".")                      # "mine.benign.csv": benign, csv
     published = PUBLISHED.get(filename.lower())
-    if published == ("XSTest", "benign") and True not in told:
-        raise ValueError(f"{filename}: no type or label tells its unsafe prompts; fetch it again")
+    if published == ("XSTest", "benign") and told != {False, True}:
+        raise ValueError(f"{filename}: not each row's type or label tells it apart; fetch it again")
     if published:
         return published
     if name in ("all", "general", "D_safe", "stage"):
@@ -919,7 +919,7 @@ def label_of(filename, told):
     for mark in marks:
         if mark in ("benign", "toxic", "general"):
             return name, mark
-    if told == {False, True}:
+    if True in told and None not in told:
         return name, "benign"
     raise ValueError(f"{filename}: what is in it? Call it {name}.benign, {name}.toxic or "
                      f"{name}.general with the same ending, or take it out of the folder")
@@ -971,8 +971,8 @@ def assemble(benchmarks, dealt, seed, limit):
     toxic = [replace(e, answer=e.answer or rng.choice(refusals))
              for e in of_label(dealt["refinement"], "toxic")]
 
-    # Never one class with the other: XSTest's contrasts differ from its benign prompts by a word or
-    # two, on purpose, and to drop those would be to drop the hard cases.
+    # Each class is compared with itself alone: XSTest's contrasts differ from its benign prompts by
+    # a word or two, on purpose, and to drop those would be to drop the hard cases.
     used = {"benign": by_word(general + seemingly),
             "toxic": by_word(general + toxic + tuning + safe)}  # tuning as read; safe: as questions
     dev = apart_by_suite(dealt["dev"], used, limit)

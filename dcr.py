@@ -120,7 +120,7 @@ class CircleLoss(torch.autograd.Function):
                 slopes_n = terms_n.mul_(t_n)                             # (strip, Q)
                 pull_p = (log_z.sigmoid() / sum_p)[:, None]              # (strip, 1)
                 pull_n = (log_z.sigmoid() / sum_n)[:, None]
-                # sqrt(gamma) twice: in the slopes, and in root or scaled. Of anchors, then others
+                # of the anchors, then of their partners; gamma = root, and the root in slopes
                 grad_p[rows] += root * (pull_p * (slopes_p @ x_p) + pull_n * (slopes_n @ x_n))
                 grad_p.addmm_(slopes_p.T, pull_p * scaled)
                 grad_n.addmm_(slopes_n.T, pull_n * scaled)
@@ -177,7 +177,7 @@ def refinement_loss(model, base, prompts, labels, tokens, targets, mean, s):
         with torch.no_grad():
             base_states = last_states(base, prompts, l)
         loss = loss + s.hold * drift(states[harmless], base_states[harmless], mean)
-        lengths = states[~harmless].norm(dim=1)                          # (n / 2,)
+        lengths = states[~harmless].norm(dim=1)                          # (toxic ones,)
         base_lengths = base_states[~harmless].norm(dim=1)
         loss = loss + s.hold * drift(lengths, base_lengths, 0)
     if not (s.still or s.keep):
@@ -189,7 +189,7 @@ def refinement_loss(model, base, prompts, labels, tokens, targets, mean, s):
     if s.still:
         loss = loss + s.still * drift(hidden[inside], base_hidden[inside], mean)
     if s.keep:
-        logits = model.tail(hidden, l)[inside]                           # (due, vocabulary)
+        logits = model.tail(hidden, l)[inside]                           # (inside, vocabulary)
         with torch.no_grad():
             base_logits = base.tail(base_hidden, l)[inside]
         loss = loss + s.keep * forgetting(logits, base_logits)

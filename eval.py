@@ -135,7 +135,7 @@ def three_classes(model, chat, parts, n):
 def evaluate(model, chat, parts, s):
     """Rows, [{suite, kind, metric, value, n}], and responses of one model, [{suite, kind, prompt,
     answer, response, refusal_probability}]; `answer` is the right one, where it is known.
-    suite   one of parts.suites; "all", which pools them; "general"; "D_safe"; "stage"; a pair
+    suite   one of parts.suites; "all", which pools them; "general"; "D_safe"; "stage"; two classes
     kind    the half of the suite ("benign" for "all"), else "general"
     n       prompts; for auc and compliance_at_95_defense benign ones; of a pair, the smaller class
     `s` is train.Settings; read are max_new, longest, layer and kernel."""
@@ -262,7 +262,7 @@ METHODS = {
     "STL-aug-equal": "#e377c2", "STL-aug-first": "#ff7f0e", "DCR-paper": "#17becf",
     "DCR-shuffled": "#8c564b", "DCR": "#1f77b4", "DCR+aug": "#2ca02c", "STL-aug+later": "#9467bd",
     "STL-aug-equal+later": "#e377c2", "STL-aug-first+later": "#ff7f0e", "DCR+later": "#1f77b4"}
-KERNELS_OF = ("base", "STL", "STL-aug", "refined", "DCR", "DCR-shuffled")     # it takes long
+KERNELS_OF = ("base", "STL", "STL-aug", "refined", "DCR", "DCR-shuffled")     # it is slow
 # The paper's three classes of prompts: their colours and markers, their names in figures.
 CLASSES = {"toxic": ("#8b0000", "s"), "seemingly": ("#f4a259", "o"), "general": ("#2a6f97", "^")}
 LABELS = {"toxic": "toxic", "seemingly": "seemingly toxic", "general": "general"}

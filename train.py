@@ -300,7 +300,7 @@ def refine(name, base, run, s, shuffled=False):
 
     def loss(step):
         rng = run.rng("refinement", step)
-        drawn = rng.choices(seemingly, k=half) + rng.choices(toxic, weights, k=half)     # balanced
+        drawn = rng.choices(seemingly, k=half) + rng.choices(toxic, weights, k=half)
         prompts = [ids for ids, _ in drawn]
         labels = torch.tensor([label for _, label in drawn], device=run.s.device)        # (2 half,)
         sequences = rng.choices(general, k=half) + rng.choices(lookalikes, k=half)

@@ -72,14 +72,15 @@ def less(method, rival):
     return f"{difference.mean():+.1f} [{low:.1f}, {high:.1f}]"
 
 
-def tables(out, xstest=None, rival="STL"):
+def tables(out, xstest=None, rival=None):
     found = read(out)
     measured = set()
     for by_method in found.values():
         measured.update(by_method)
     methods = [m for m in METHODS if m in measured]
-    if rival not in methods:
+    if rival and rival not in methods:
         raise ValueError(f"--against {rival}: choose from {', '.join(methods)}")
+    rival = rival or "STL"
     compared = [m for m in methods if m not in ("base", rival)]
     lines = [["suite", "prompts", *methods]]
     differences = [["suite", "prompts", *compared]]
@@ -112,7 +113,7 @@ if __name__ == "__main__":
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", help="folder that train.py wrote")
     parser.add_argument("--xstest", help="XSTest's file, for its types")
-    parser.add_argument("--against", default="STL", metavar="METHOD", help="[STL] less what")
+    parser.add_argument("--against", metavar="METHOD", help="[STL] what the others are compared with")
     args = parser.parse_args()
     try:
         print(tables(args.out, args.xstest, args.against))

@@ -77,11 +77,12 @@ def arc(record, place):
             labels = record["choices"]["label"]
             texts = record["choices"]["text"]
             stem = question
-        if not all(text.strip() for text in texts):
-            raise ValueError("an answer without a token has no probability")
+        if not all(text.strip() for text in (stem, *texts)):
+            raise ValueError("what has no token has no probability")
         return Question(stem, tuple(texts), labels.index(record["answerKey"]))
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise ValueError(f"{place}: no question of ARC (question, choices, answerKey); mend it") from None
+        raise ValueError(f"{place}: no question of ARC (question, choices, answerKey), or one without "
+                         "words; mend it") from None
 
 
 @torch.no_grad()
@@ -108,8 +109,9 @@ def main(argv=None):
     given = parser.parse_args(argv)
     questions = questions_of(given.questions)
     for folder in given.models:                                     # before the first takes its hour
-        if not (Path(folder) / "config.json").exists():
-            raise ValueError(f"{folder}: no config.json in it; give checkpoint folders")
+        for file in ("config.json", "tokenizer.json"):
+            if not (Path(folder) / file).exists():
+                raise ValueError(f"{folder}: no {file} in it; give folders of checkpoints")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     table = [["model", "questions", "accuracy, %", "less the first, points"]]
     first = None

@@ -29,6 +29,8 @@ def test_methods_are_compared_on_the_prompts_that_both_were_asked(tmp_path):
     types.write_text("prompt,type\nWhy 0?,homonyms\nWhy 1?,homonyms\nWhy 2?,privacy\n")
     text = by_prompt.tables(tmp_path, types)
     assert "| homonyms | 4       | 0   | 25  |" in text                  # 2 prompts, of DCR 2 seeds
+    _, text = by_prompt.tables(tmp_path, rival="DCR").split("refused, minus DCR")
+    assert "| suite  | prompts | STL" in text and "+33.3 [" in text and "| DCR" not in text
 
 
 def test_what_is_not_there_is_named(tmp_path):

@@ -31,6 +31,8 @@ def test_mmlu_and_both_forms_of_arc_give_the_same_question(tmp_path):
     ("a.jsonl", '{"question": "Who?", "choices": {"label": ["A", "B"], "text": ["Ada", " "]},'
      '"answerKey": "A"}',
      "line 1"),
+    ("a.jsonl", '{"question": null, "choices": {"label": ["A"], "text": ["Ada"]}, "answerKey": "A"}',
+     "line 1"),
     ("a.txt", "Who?", "give MMLU as .csv or ARC as .jsonl"),
 ])
 def test_other_files_get_one_clear_line(name, text, says, tmp_path):
@@ -67,6 +69,10 @@ def test_a_table_of_two_models_is_printed(model, chat, tmp_path, monkeypatch, ca
     questions = tmp_path / "mmlu.csv"
     questions.write_text("Where?,Ada,Bob,the dog,Dan,C\n"
                          "Who is it?,a cat,the guard,in it,to kill,A\n")
+    with pytest.raises(ValueError, match="other: no tokenizer.json in it"):            # before any is asked
+        (tmp_path / "one" / "tokenizer.json").write_text("{}")
+        choices.main([str(questions), str(tmp_path / "one"), str(tmp_path / "other")])
+    (tmp_path / "other" / "tokenizer.json").write_text("{}")
     choices.main([str(questions), str(tmp_path / "one"), str(tmp_path / "other")])
     lines = capsys.readouterr().out.splitlines()
     assert "less the first, points" in lines[0]

@@ -198,7 +198,7 @@ def test_a_template_that_writes_something_else_is_refused(family, template, tmp_
 def test_several_templates_are_refused(tmp_path):
     """Which of them is meant? The first one's system message was once taken."""
     templates = [{"name": name, "template": TEMPLATES["smollm2"][1]} for name in ("default", "tool_use")]
-    with pytest.raises(ValueError, match="the tokenizer's files are damaged"):
+    with pytest.raises(ValueError, match="of a form not read here"):
         load_tokenizer(checkpoint(tmp_path, "smollm2", templates))
 
 
@@ -229,8 +229,8 @@ def edited(where, **values):
     ({"tokenizer.json": edited("top", added_tokens=[]) | {"model": {
         "type": "BPE", "vocab": {"a": 0}, "merges": []}}}, "a chat format that is not known here"),
     ({"tokenizer.json": '{\n"model": oops}'}, "line 2"),
-    ({"tokenizer.json": {"version": "1.0"}}, "the tokenizer's files are damaged (KeyError"),
-    ({"tokenizer.json": edited("top", added_tokens=5)}, "the tokenizer's files are damaged (TypeError"),
+    ({"tokenizer.json": {"version": "1.0"}}, "or of a form not read here (KeyError"),
+    ({"tokenizer.json": edited("top", added_tokens=5)}, "or of a form not read here (TypeError"),
 ])
 def test_other_tokenizers_are_refused_in_one_line(files, says, tmp_path):
     for name, value in files.items():
@@ -278,8 +278,13 @@ def test_real_checkpoint_agrees_on_thousands_of_strings():
      [("Add\n\n1 2", "3", None, "row 1"), ("Go", "Gone.", None, "row 2")]),
     ("a.json", '{"prompt": ["Hi", "Ho"], "type": ["homonyms", "contrast_homonyms"]}',
      [("Hi", None, False, "row 1"), ("Ho", None, True, "row 2")]),
-    ("a.json", '{"n": 1, "rows": [{"request": "Hi", "Label": " Unsafe", "type": " Contrast_x"}]}',
-     [("Hi", None, True, "row 1")]),
+    ("a.json", '{"rows": [{"request": "Hi", "Label": "Unsafe "}, {"Goal": "Ho", "type": "Contrast_"}]}',
+     [("Hi", None, True, "row 1"), ("Ho", None, True, "row 2")]),
+    ("a.json", '{"instructions": ["Hi"], "tags": ["x"], "inputs": []}',                         # I-Malicious
+     [("Hi", None, None, "row 1")]),
+    ("a.json", '{"Prompt": "Hi", "tags": ["x", "y"], "input": 5}', [("Hi", None, None, "row 1")]),
+    ("a.csv", "prompt,label,type\nHi,,jailbreak\nHo,full_refusal,contrast_x\n",      # a label outranks a type
+     [("Hi", None, None, "row 1"), ("Ho", None, None, "row 2")]),
     ("a.csv", "prompt,label\nHi,safe\nHo,controversial\n",
      [("Hi", None, False, "row 1"), ("Ho", None, None, "row 2")]),
     ("a.csv", "question,context\nWho?,Ann sat.\n", [("Who?\n\nAnn sat.", None, None, "row 1")]),
@@ -311,15 +316,15 @@ def test_each_format_is_read(name, text, rows, tmp_path):
     ("a.json", b'"hello"', "neither a list nor an object"),
     ("a.json", b"5", "neither a list nor an object"),
     ("a.json", b"null", "neither a list nor an object"),
-    ("a.json", b'{"train": ["a"], "test": ["b"]}', "prompts are in which of train, test; keep one, or"),
-    ("a.json", b'{"prompt": ["a", "c"], "response": ["b"]}', "are in which of prompt, response; keep one"),
-    ("a.json", b'{"category": ["hate"], "prompt": {"0": "a"}}', "are in which of category; keep one"),
-    ("a.json", b'{"category": ["hate", "fraud"]}', "are in which of category; keep"),
-    ("a.json", b'{"prompts": [{"text": "hi"}]}', "row 1: 'prompt' holds {'text': 'hi'}, not a text"),
+    ("a.json", b'{"train": ["a"], "test": ["b"]}', "not one list of prompts among train, test; call it"),
+    ("a.json", b'{"prompt": ["a", "c"], "response": ["b"]}', "prompts among prompt, response; call it"),
+    ("a.json", b'{"category": ["hate"], "prompt": {"0": "a"}}', "list of prompts among category"),
+    ("a.json", b'{"category": ["hate", "fraud"]}', "list of prompts among category; call it"),
+    ("a.json", b'{"prompts": [{"text": "hi"}]}', "row 1: no column of prompts among text"),
     ("a.JSON", b'{"prompt": "x"}\n{"prompt": "y"}', "if each line is an object of its own, call the file"),
     ("a.csv", b"prompt\nHow do I x, please", "row 1: more cells than columns; quote"),
     ("a.json", b'{"instructions": ["a"], "questions": ["b"]}',
-     "prompts are in which of instruction, question; keep one"),
+     "prompts among instructions, questions; call it"),
     ("a.jsonl", b'{"prompt": "x"}{"prompt": "y"}', "line 1: not JSON (Extra data); correct that line"),
     ("a.json", b'[{"prompt": ["hi"]}]', "row 1: 'prompt' holds ['hi'], not a text"),
     ("a.json", b'[{"prompt": {"text": "hi"}}]', "row 1: 'prompt' holds {'text': 'hi'}, not a text"),
@@ -370,7 +375,8 @@ FILES = {
     "safety_only_data_Instructions.json": [{"instruction": p, "output": f"{REFUSE} No {i}."} for i, p in
                                            enumerate(prompts("tuned", 80, COMMAND))],
     "MaliciousInstruct.txt": "\n".join(prompts("malicious", 30)),
-    "I-MaliciousInstructions.json": {"instructions": prompts("imalicious", 30, COMMAND)},
+    "I-MaliciousInstructions.json": {"instructions": prompts("imalicious", 30, COMMAND), "tags": ["x"] * 30,
+                                     "inputs": []},
     "alpaca_data.json": [{"instruction": p, "input": "", "output": "Yes."} for p in prompts("alpaca", 100)],
 }
 
@@ -665,7 +671,7 @@ def test_a_marked_row_is_toxic_and_the_others_are_what_the_name_says(tmp_path):
 def test_a_file_that_does_not_tell_of_each_row_what_it_is_stops(tmp_path):
     """XSTest without its marks, 200 unsafe prompts among them; a judge's file with a third label."""
     plain = "\n".join(["prompt", *prompts("safe", 40)])
-    with pytest.raises(ValueError, match="xstest_prompts.csv: no type or label tells its unsafe prompts; "):
+    with pytest.raises(ValueError, match="xstest_prompts.csv: not each row's type or label tells it apart; "):
         load(fill(tmp_path / "plain", {"xstest_prompts.csv": plain}), is_refusal)
     labels = ["safe", "unsafe", "controversial"]
     rows = [{"prompt": prompt, "label": label} for prompt, label in zip(prompts("mine", 3), labels)]
@@ -673,6 +679,8 @@ def test_a_file_that_does_not_tell_of_each_row_what_it_is_stops(tmp_path):
         load(fill(tmp_path / "judged", {"judged.json": rows}), is_refusal)
     assert load(fill(tmp_path / "told", {"judged.json": rows[:2]}), is_refusal).keys() == {
         ("judged", "benign"), ("judged", "toxic")}
+    one = load(fill(tmp_path / "one", {"judged.json": rows[1:2]}), is_refusal)
+    assert one.keys() == {("judged", "toxic")}
 
 
 def test_what_is_left_out_and_what_is_passed_over_is_said(tmp_path, capsys):
@@ -707,9 +715,10 @@ def test_a_checkpoint_and_a_folder_go_through_every_stage(tmp_path):
     base = GPT(GPTConfig(vocab_size=size, width=16, blocks=2, kv_heads=2, head_width=4, hidden=24, tied=True))
     base.save_pretrained(folder)
     fill(tmp_path / "data")
-    train.main(["--init", str(folder), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"),
-                "--layer=1", "--refine-steps=3", "--refine-batch=4", "--tune-steps=3", "--tune-batch=4",
-                "--lora=2", "--suite=5", "--max-new=4", "--longest=100", "--device=cpu", "--dtype=bfloat16"])
+    command = ["--init", str(folder), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"),
+               "--layer=1", "--refine-steps=3", "--refine-batch=4", "--tune-steps=3", "--tune-batch=4",
+               "--lora=2", "--suite=5", "--max-new=4", "--longest=100", "--device=cpu", "--dtype=bfloat16"]
+    train.main(command)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["settings"]["tune_lr"] == train.REAL["tune_lr"] and results["settings"]["layer"] == 1
     found = {(row["suite"], row["metric"]) for row in results["rows"] if row["method"] == "DCR"}
@@ -727,6 +736,10 @@ def test_a_checkpoint_and_a_folder_go_through_every_stage(tmp_path):
     assert load_tokenizer(out / "DCR").prompt("Hi") == load_tokenizer(folder).prompt("Hi")     # ready to use
     ends = json.loads((out / "DCR" / "generation_config.json").read_text())
     assert ends == {"eos_token_id": load_tokenizer(folder).stop}                    # where others end answers
+    write(folder / "generation_config.json", {"eos_token_id": [2, 5]})              # Llama-3 names several
+    (out / "DCR" / "config.json").unlink()                                          # so it is made once more
+    train.main(command)
+    assert json.loads((out / "DCR" / "generation_config.json").read_text()) == {"eos_token_id": [2, 5]}
     said = [json.loads(line) for line in (out / "responses" / "DCR.jsonl").read_text().splitlines()]
     assert {"suite", "kind", "prompt", "answer", "response", "refusal_probability"} == set(said[0])
 
