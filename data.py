@@ -192,7 +192,7 @@ class World:
         tuning        D_safe alone, the toxic requests of safety tuning
         refinement    D_seemingly and D_toxic alone
         common        all three (of objects and fictions there are none)
-        dev, new      none: new in the suites to choose on (but `later` has dev's), or to report
+        dev, new      none: new in suites to choose on (but `later` has dev's), or to report
     For general requests objects and mild actions are dealt out again: "rehearsed" ones tuning sees,
     "heldout" ones it does not. Pretraining covers everything: the base complies with all of it."""
 

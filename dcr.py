@@ -120,7 +120,7 @@ class CircleLoss(torch.autograd.Function):
                 slopes_n = terms_n.mul_(t_n)                             # (strip, Q)
                 pull_p = (log_z.sigmoid() / sum_p)[:, None]              # (strip, 1)
                 pull_n = (log_z.sigmoid() / sum_n)[:, None]
-                # of the anchors, then of their partners; gamma = root, and the root in slopes
+                # gamma is this root, times the one in slopes; of anchors, then of partners
                 grad_p[rows] += root * (pull_p * (slopes_p @ x_p) + pull_n * (slopes_n @ x_n))
                 grad_p.addmm_(slopes_p.T, pull_p * scaled)
                 grad_n.addmm_(slopes_n.T, pull_n * scaled)

@@ -262,7 +262,7 @@ METHODS = {
     "STL-aug-equal": "#e377c2", "STL-aug-first": "#ff7f0e", "DCR-paper": "#17becf",
     "DCR-shuffled": "#8c564b", "DCR": "#1f77b4", "DCR+aug": "#2ca02c", "STL-aug+later": "#9467bd",
     "STL-aug-equal+later": "#e377c2", "STL-aug-first+later": "#ff7f0e", "DCR+later": "#1f77b4"}
-KERNELS_OF = ("base", "STL", "STL-aug", "refined", "DCR", "DCR-shuffled")     # it is slow
+KERNELS_OF = ("base", "STL", "STL-aug", "refined", "DCR", "DCR-shuffled")     # slow, so not all
 # The paper's three classes of prompts: their colours and markers, their names in figures.
 CLASSES = {"toxic": ("#8b0000", "s"), "seemingly": ("#f4a259", "o"), "general": ("#2a6f97", "^")}
 LABELS = {"toxic": "toxic", "seemingly": "seemingly toxic", "general": "general"}

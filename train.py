@@ -291,7 +291,7 @@ def refine(name, base, run, s, shuffled=False):
     lookalikes = run.exchanges(answered(base, run), base.config.context) if s.hold else general
     half = s.refine_batch // 2
     every = [ids for ids, _ in seemingly + toxic]
-    at_once = 40_000 // max(map(len, every))             # a folder may have many, or long ones
+    at_once = 40_000 // max(map(len, every))             # 40,000 tokens, some prompts being long
     total = 0
     for start in range(0, len(every), at_once):
         with torch.no_grad(), run.autocast():
@@ -376,7 +376,7 @@ def finished(run, name, make):
     model, log = make()
     write_json(folder / "log.json", log | origin(run.s.fixed(name), run.s.device))
     if run.s.init:                                       # ready to use elsewhere
-        write_json(folder / "generation_config.json", {"eos_token_id": run.chat.stop})
+        write_json(folder / "generation_config.json", {"eos_token_id": run.chat.stop})    # or its own
         for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
                      "generation_config.json"):
             if (Path(run.s.init) / file).exists():
