@@ -438,10 +438,13 @@ def axes(title, panels=1, size=(6.4, 4.2), sharey=True):
         panel.grid(alpha=0.25)
     return figure, grid[0]
 
+def among(entries, names):
+    there = {entry["method"] for entry in entries}       # rows or curves
+    return [name for name in names if name in there]
+
 def figure_answers(results):
     """One row a method, one dot a seed: to the right is better on both sides."""
-    done = {row["method"] for row in results["rows"]}
-    methods = [method for method in reversed(METHODS) if method in done]    # the first one on top
+    methods = among(results["rows"], reversed(METHODS))                     # the first one on top
     split = results["settings"]["split"]
     title = f"Who answers the harmless, and still refuses the harmful? (mean over {split} suites)"
     figure, panels = axes(title, 2, (8.6, 1.4 + 0.28 * len(methods)))
@@ -458,12 +461,10 @@ def figure_answers(results):
 
 def figure_tuning(results):
     """Refusal probability along tuning. Thin lines: seeds; thick: their mean."""
-    there = {entry["method"] for entry in results["curves"]}
-    methods = [name for name in ("STL", "DCR") if name in there]
+    methods = among(results["curves"], ("STL", "DCR"))
     if not methods:
         return None
-    split = results["settings"]["split"]
-    title = f"P(refusal) while safety is tuned (mean over {split} prompts)"
+    title = f"P(refusal) while safety is tuned (mean over {results['settings']['split']} prompts)"
     figure, panels = axes(title, len(methods), (8.6, 3.6))
     for panel, method in zip(panels, methods):
         start = {"STL": "base", "DCR": "refined base"}[method]
@@ -477,8 +478,7 @@ def figure_tuning(results):
 
 def figure_later(results):
     """What is left of it once somebody else tunes the model on."""
-    there = {entry["method"] for entry in results["curves"]}
-    methods = [name for name in METHODS if name in there and name.endswith("+later")]
+    methods = among(results["curves"], [name for name in METHODS if name.endswith("+later")])
     if not methods:
         return None
     figure, (panel,) = axes("How likely look-alikes are refused once others tune on", size=(7, 3.8))

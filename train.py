@@ -280,8 +280,8 @@ def refine(name, base, run, s, shuffled=False):
         times = max(1, round(len(run.parts.safe) / len(toxic)))
         weights = [times] * len(toxic) + [1] * len(run.parts.safe)
         toxic = toxic + run.parts.safe
-    seemingly = [(run.chat.prompt(e.prompt), 0) for e in run.parts.seemingly]     # (ids, label)
-    toxic = [(run.chat.prompt(e.prompt), 1) for e in toxic]
+    seemingly = [(run.chat.prompt(e.prompt), 0) for e in run.parts.seemingly]     # 0: harmless
+    toxic = [(run.chat.prompt(e.prompt), 1) for e in toxic]                       # 1: toxic
     if shuffled:                                         # a coin tossed once for every prompt
         coin = run.rng("shuffled")
         seemingly = [(ids, coin.randrange(2)) for ids, _ in seemingly]
@@ -291,7 +291,7 @@ def refine(name, base, run, s, shuffled=False):
     lookalikes = run.exchanges(answered(base, run), base.config.context) if s.hold else general
     half = s.refine_batch // 2
     every = [ids for ids, _ in seemingly + toxic]
-    at_once = 40_000 // max(map(len, every))             # 40,000 tokens, some prompts being long
+    at_once = 40_000 // max(map(len, every))             # 40,000 tokens: a prompt may be long
     total = 0
     for start in range(0, len(every), at_once):
         with torch.no_grad(), run.autocast():
@@ -375,8 +375,8 @@ def finished(run, name, make):
         return model, read_json(folder / "log.json")
     model, log = make()
     write_json(folder / "log.json", log | origin(run.s.fixed(name), run.s.device))
-    if run.s.init:                                       # ready to use elsewhere
-        write_json(folder / "generation_config.json", {"eos_token_id": run.chat.stop})    # or its own
+    if run.s.init:              # ready to use elsewhere; what ends an answer, unless its own says
+        write_json(folder / "generation_config.json", {"eos_token_id": run.chat.stop})
         for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
                      "generation_config.json"):
             if (Path(run.s.init) / file).exists():
